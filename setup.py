@@ -1,0 +1,24 @@
+"""Builds the extension only (metadata is in pyproject.toml): C++ always, CUDA when ELASTIC_DECODE_CUDA=1 and nvcc is found."""
+
+import glob
+import os
+import sys
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import setup
+
+openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+
+extension = Pybind11Extension(
+    "elastic_decode.kernels._C",
+    sorted(["csrc/bindings.cpp", *glob.glob("csrc/cpu/*.cpp")]),
+    include_dirs=["csrc"],
+    depends=glob.glob("csrc/**/*.h", recursive=True),
+    cxx_std=17,
+    # -fno-math-errno and friends are safe; -ffast-math is not: sampling relies on inf and NaN.
+    extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall", *openmp],
+    extra_link_args=openmp,
+)
+
+os.environ.setdefault("NPY_NUM_BUILD_JOBS", str(os.cpu_count() or 1))
+setup(ext_modules=[extension], cmdclass={"build_ext": build_ext})
