@@ -1,0 +1,74 @@
+"""Configuration: frozen, keyword-only, unknown keys raise."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from elastic_decode.errors import ConfigError
+
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B?|B)?\s*$", re.IGNORECASE)
+_UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_size(value: int | str, name: str = "size") -> int:
+    """Bytes of `2GiB`, `512 MB`, `4096` or an int. Raises ConfigError otherwise."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value <= 0:
+            raise ConfigError(f"{name} must be positive, got {value}")
+        return value
+    match = _SIZE.match(value) if isinstance(value, str) else None
+    if match is None:
+        raise ConfigError(f"{name} must be a number of bytes or a string like '2GiB', got {value!r}")
+    unit = (match.group(2) or "").lower().removesuffix("b") or ""
+    size = int(float(match.group(1)) * _UNITS[unit])
+    if size <= 0:
+        raise ConfigError(f"{name} must be positive, got {value!r}")
+    return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the engine runs; nothing here changes what is decoded except `dtype` and `kv_dtype`.
+
+    device: "cpu" or "cuda[:i]". dtype: "auto" takes the checkpoint's (float16 becomes bfloat16 on the CPU).
+    max_batch: rows decoded at once. max_model_len: prompt + output positions of one sequence; None takes the model's.
+    kv_memory: bytes of KV pages. prefill_tokens: prompt tokens computed between two horizons. horizon: decode steps launched
+    at a time. prefix_cache: reuse KV pages of equal prompt beginnings; None = on, but off for `Engine.from_model`.
+    """
+
+    device: str = "cpu"
+    dtype: str = "auto"
+    kv_dtype: str = "auto"
+    max_batch: int = 32
+    max_model_len: int | None = None
+    page_size: int = 16
+    kv_memory: int | str = "2GiB"
+    backend: Literal["auto", "reference", "cpu", "triton", "cuda", "flashinfer"] = "auto"
+    horizon: int = 1
+    prefill_tokens: int = 512
+    prefix_cache: bool | None = None
+    batch_invariant: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "page_size", "horizon", "prefill_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"EngineConfig.{name} must be an int >= 1, got {value!r}")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ConfigError(f"EngineConfig.max_model_len must be >= 2 or None, got {self.max_model_len}")
+        backends = ("auto", "reference", "cpu", "triton", "cuda", "flashinfer")
+        if self.backend not in backends:
+            raise ConfigError(f"EngineConfig.backend must be one of {', '.join(backends)}, got {self.backend!r}")
+        for name in ("dtype", "kv_dtype"):
+            if getattr(self, name) not in ("auto", "float32", "bfloat16", "float16"):
+                raise ConfigError(
+                    f"EngineConfig.{name} must be auto, float32, bfloat16 or float16, got {getattr(self, name)!r}"
+                )
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"EngineConfig.device must be 'cpu' or 'cuda[:index]', got {self.device!r}")
+        parse_size(self.kv_memory, "EngineConfig.kv_memory")
+
+
+# The fields of a model's shape, from its config.json, follow here: `ModelConfig.from_hf`.

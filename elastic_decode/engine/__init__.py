@@ -1,0 +1,1 @@
+"""The decode engine: pages, rows, schedule, loop."""

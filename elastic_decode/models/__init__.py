@@ -1,0 +1,1 @@
+"""Model families: one decoder by configuration, and the weights it reads."""

@@ -1,0 +1,1 @@
+"""Tasks: dataset, prompt and grader in one place each."""
