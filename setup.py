@@ -1,10 +1,13 @@
-"""Builds the extension only (metadata is in pyproject.toml): C++ always, CUDA when ELASTIC_DECODE_CUDA=1 and nvcc is found."""
+"""Builds the extension only (metadata is in pyproject.toml).
+
+C++ always, CUDA when ELASTIC_DECODE_CUDA=1 and nvcc is found.
+"""
 
 import glob
 import os
 import sys
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
 openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
@@ -20,5 +23,12 @@ extension = Pybind11Extension(
     extra_link_args=openmp,
 )
 
-os.environ.setdefault("NPY_NUM_BUILD_JOBS", str(os.cpu_count() or 1))
+
+def is_stale(obj: str, source: str) -> bool:
+    inputs = [source, __file__, *glob.glob("csrc/**/*.h", recursive=True)]
+    return os.path.getmtime(obj) < max(os.path.getmtime(path) for path in inputs)
+
+
+# A compiler a core, or MAX_JOBS of them; an object newer than its source and every header is kept.
+ParallelCompile("MAX_JOBS", needs_recompile=is_stale).install()
 setup(ext_modules=[extension], cmdclass={"build_ext": build_ext})

@@ -1,5 +1,5 @@
-// The only pybind11 file. Arrays cross as integer addresses, so that no torch header (and no torch ABI) is needed;
-// the Python wrappers in kernels/<op>/cpu.py check shapes and dtypes before they call.
+// The only pybind11 file. Arrays cross as integer addresses, so that no torch header (and no torch ABI) is
+// needed; the Python wrappers in kernels/<op>/cpu.py check shapes and dtypes before they call.
 #include <pybind11/pybind11.h>
 
 #include "cpu/ops.h"

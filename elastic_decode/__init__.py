@@ -1,4 +1,7 @@
-"""elastic_decode: decoding for reasoning models under separate think and solve budgets. Exports load on first use (PEP 562)."""
+"""elastic_decode: decoding for reasoning models under separate think and solve budgets.
+
+Exports load on first use (PEP 562).
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,21 @@ _HOMES = {
     "TokenEvent": "core",
     "Delimiters": "delimiters",
 }
-__all__ = [*_HOMES, "__version__", "budgets"]
+__all__ = [
+    "Budget",
+    "Completion",
+    "Delimiters",
+    "Engine",
+    "EngineConfig",
+    "Generation",
+    "ModelConfig",
+    "Phase",
+    "Request",
+    "SamplingParams",
+    "TokenEvent",
+    "__version__",
+    "budgets",
+]
 
 
 def __getattr__(name: str) -> Any:

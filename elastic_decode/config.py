@@ -9,7 +9,8 @@ from typing import Literal
 from elastic_decode.errors import ConfigError
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B?|B)?\s*$", re.IGNORECASE)
-_UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def parse_size(value: int | str, name: str = "size") -> int:
@@ -33,9 +34,10 @@ class EngineConfig:
     """How the engine runs; nothing here changes what is decoded except `dtype` and `kv_dtype`.
 
     device: "cpu" or "cuda[:i]". dtype: "auto" takes the checkpoint's (float16 becomes bfloat16 on the CPU).
-    max_batch: rows decoded at once. max_model_len: prompt + output positions of one sequence; None takes the model's.
-    kv_memory: bytes of KV pages. prefill_tokens: prompt tokens computed between two horizons. horizon: decode steps launched
-    at a time. prefix_cache: reuse KV pages of equal prompt beginnings; None = on, but off for `Engine.from_model`.
+    max_batch: rows decoded at once. max_model_len: prompt + output positions of one sequence; None takes the
+    model's. kv_memory: bytes of KV pages. prefill_tokens: prompt tokens computed between two horizons.
+    horizon: decode steps launched at a time. prefix_cache: reuse KV pages of equal prompt beginnings; None =
+    on, but off for `Engine.from_model`.
     """
 
     device: str = "cpu"
@@ -60,11 +62,14 @@ class EngineConfig:
             raise ConfigError(f"EngineConfig.max_model_len must be >= 2 or None, got {self.max_model_len}")
         backends = ("auto", "reference", "cpu", "triton", "cuda", "flashinfer")
         if self.backend not in backends:
-            raise ConfigError(f"EngineConfig.backend must be one of {', '.join(backends)}, got {self.backend!r}")
+            raise ConfigError(
+                f"EngineConfig.backend must be one of {', '.join(backends)}, got {self.backend!r}"
+            )
         for name in ("dtype", "kv_dtype"):
             if getattr(self, name) not in ("auto", "float32", "bfloat16", "float16"):
                 raise ConfigError(
-                    f"EngineConfig.{name} must be auto, float32, bfloat16 or float16, got {getattr(self, name)!r}"
+                    f"EngineConfig.{name} must be auto, float32, bfloat16 or float16, "
+                    f"got {getattr(self, name)!r}"
                 )
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise ConfigError(f"EngineConfig.device must be 'cpu' or 'cuda[:index]', got {self.device!r}")

@@ -1,10 +1,13 @@
-"""Plain data that crosses the library: what a user asks for and what comes back. No behaviour beyond checking itself."""
+"""Plain data that crosses the library: what a user asks for and what comes back.
+
+No behaviour beyond checking itself.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
 from elastic_decode.errors import ConfigError
@@ -19,7 +22,7 @@ FinishReason = Literal["eos", "budget", "stop", "length", "abort"]
 ThinkEnd = Literal["natural", "forced", "eos", "none"]
 
 
-class Phase(str, Enum):
+class Phase(StrEnum):
     """Which segment a token belongs to. The open and close delimiters are THINK, EOS is SOLVE."""
 
     THINK = "think"
@@ -37,9 +40,10 @@ def _check_budget(name: str, value: int | None) -> None:
 
 @dataclass(frozen=True)
 class Budget:
-    """The elastic policy (arXiv 2505.05315): at most `think` sampled tokens of thinking, then at most `solve` of solution.
+    """The elastic policy (arXiv 2505.05315): at most `think` sampled tokens, then `solve` of solution.
 
-    None = unlimited. Forced tokens count in neither. The other policies of `elastic_decode.budgets` go in the same place.
+    None = unlimited. Forced tokens count in neither. The other policies of `elastic_decode.budgets` go in the
+    same place.
     """
 
     think: int | None = None
@@ -52,12 +56,12 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How a token is drawn. Filters act in the order: penalties, logit_bias, min_tokens, temperature, top_k, top_p, min_p.
+    """How a token is drawn. The order: penalties, logit_bias, min_tokens, temperature, top_k, top_p, min_p.
 
-    temperature 0 is greedy. `seed=None` draws one and reports it in `Completion.seed`. Stops act in SOLVE unless
-    `stop_in_thinking`; output ends with the token that completes a stop and `text` ends before it. `min_tokens` bans EOS and
-    stop ids until that many output tokens exist. Penalties are those of the OpenAI API (presence, frequency: over output
-    tokens) and of CTRL (repetition: over prompt and output).
+    temperature 0 is greedy. `seed=None` draws one and reports it in `Completion.seed`. Stops act in SOLVE
+    unless `stop_in_thinking`; output ends with the token that completes a stop and `text` ends before it.
+    `min_tokens` bans EOS and stop ids until that many output tokens exist. Penalties are those of the OpenAI
+    API (presence, frequency: over output tokens) and of CTRL (repetition: over prompt and output).
     """
 
     temperature: float = 1.0
@@ -80,12 +84,14 @@ class SamplingParams:
             if not ok:
                 raise ConfigError(f"SamplingParams.{name} must be {expected}, got {getattr(self, name)!r}")
 
-        for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
+        penalties = ("presence_penalty", "frequency_penalty", "repetition_penalty")
+        for name in ("temperature", "top_p", "min_p", *penalties):
             value = getattr(self, name)
             require(isinstance(value, (int, float)) and not isinstance(value, bool), name, "a number")
             require(value == value and abs(value) != float("inf"), name, "finite")
         for name in ("top_k", "min_tokens"):
-            require(isinstance(getattr(self, name), int) and not isinstance(getattr(self, name), bool), name, "an int")
+            value = getattr(self, name)
+            require(isinstance(value, int) and not isinstance(value, bool), name, "an int")
         require(self.temperature >= 0, "temperature", ">= 0 (0 = greedy)")
         require(self.top_k >= 0, "top_k", ">= 0 (0 = off)")
         require(0 < self.top_p <= 1, "top_p", "in (0, 1]")
@@ -139,8 +145,9 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One token of one sample. `text` is what this token adds to the printable text (never half a UTF-8 character; "" while one
-    is incomplete). `finish_reason` is set on a sample's last event; an aborted sample ends with an event whose token_id is None.
+    """One token of one sample. `text` is what this token adds to the printable text (never half a UTF-8
+    character; "" while one is incomplete). `finish_reason` is set on a sample's last event; an aborted sample
+    ends with an event whose token_id is None.
     """
 
     request_id: str
@@ -156,10 +163,11 @@ class TokenEvent:
 
 @dataclass(slots=True)
 class Completion:
-    """A finished sample. The five lists are parallel, one entry a token, a final EOS included (`text` excludes it).
+    """A finished sample. The lists are parallel: an entry a token, a final EOS included (not in `text`).
 
-    `logprobs`: the model's own, log_softmax(logits / T) with T = 1 when greedy, forced tokens included. `sampling_logprobs`: under
-    the distribution the token was drawn from; 0 where forced. `think_tokens` and `solve_tokens` count sampled tokens only.
+    `logprobs`: the model's own, log_softmax(logits / T) with T = 1 when greedy, forced tokens included.
+    `sampling_logprobs`: under the distribution the token was drawn from; 0 where forced. `think_tokens` and
+    `solve_tokens` count sampled tokens only.
     """
 
     token_ids: list[int]

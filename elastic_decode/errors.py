@@ -18,7 +18,7 @@ class CheckpointError(ElasticDecodeError, ValueError):
 
 
 class DelimiterError(ElasticDecodeError, ValueError):
-    """A thinking delimiter or EOS id that cannot be resolved: without one a budget would silently do nothing."""
+    """A thinking delimiter or EOS id that cannot be resolved: a budget would silently do nothing."""
 
 
 class BudgetError(ElasticDecodeError, ValueError):

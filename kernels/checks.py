@@ -1,4 +1,7 @@
-"""Checks of shapes, dtypes and devices, shared by every public op. Each raises with the tensor's name, what it is and what it should be."""
+"""Checks of shapes, dtypes and devices, shared by every public op.
+
+Each raises with the tensor's name, what it is and what it should be.
+"""
 
 from collections.abc import Sequence
 
@@ -13,7 +16,7 @@ def check_tensor(
     device: torch.device | None = None,
     contiguous: bool = True,
 ) -> None:
-    """`shape` holds None where any size will do. Raises TypeError for a wrong type or dtype, ValueError otherwise."""
+    """`shape` holds None where any size will do. TypeError for a wrong type or dtype, else ValueError."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     allowed = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
@@ -28,4 +31,6 @@ def check_tensor(
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, expected {device}")
     if contiguous and not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}; call .contiguous() first")
+        raise ValueError(
+            f"{name} must be contiguous, got strides {tensor.stride()}; call .contiguous() first"
+        )

@@ -1,7 +1,8 @@
 """Which backends an op has, and why one of them cannot be used here.
 
-A backend of op `x` is the module `kernels/x/<backend>.py`; it defines a function `x` with the public op's signature (without
-`backend`), and may define `why_unavailable() -> str | None`. Modules are imported on first use, so an absent package costs nothing.
+A backend of op `x` is the module `kernels/x/<backend>.py`; it defines a function `x` with the public op's
+signature (without `backend`), and may define `why_unavailable() -> str | None`. Modules are imported on first
+use, so an absent package costs nothing.
 """
 
 import importlib
@@ -34,9 +35,10 @@ def why_unavailable(op: str, backend: str) -> str | None:
 
 @cache
 def implementation(op: str, backend: str, name: str | None = None) -> Callable[..., Any]:
-    """The function of `op` on `backend`, without the public op's checks; `name` picks a sibling function of the same module.
+    """The function of `op` on `backend`, without the public op's checks; `name` picks a sibling function.
 
-    Raises ValueError for unknown names and RuntimeError, with the reason, where the backend cannot be used here.
+    Raises ValueError for unknown names and RuntimeError, with the reason, where the backend cannot be used
+    here.
     """
     reason = why_unavailable(op, backend)
     if reason is not None:

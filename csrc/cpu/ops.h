@@ -1,4 +1,5 @@
-// Declarations of the CPU kernels, an op a section: raw pointers, sizes, strides. Implemented in csrc/cpu/<op>.cpp.
+// Declarations of the CPU kernels, an op a section: raw pointers, sizes, strides. Implemented in
+// csrc/cpu/<op>.cpp.
 #pragma once
 #include <cstddef>
 #include <cstdint>

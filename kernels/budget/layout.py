@@ -1,17 +1,21 @@
-"""The words of the budget machine's tables: what the host writes and every backend reads. csrc/budget.h numbers them alike (a test compares).
+"""The words of the budget machine's tables: what the host writes and every backend reads.
+
+csrc/budget.h numbers them alike (a test compares).
 
 Three int32 tables:
-- `state [num_slots, STATE_WORDS]`: a row a slot, columns `State`; the last MAX_EVENTS columns count how often each event fired.
-- `programs [num_slots, PROGRAM_WORDS]`: a compiled PhaseProgram a slot: `Header`, then MAX_PHASES phases of `PhaseWord`,
-  then MAX_EVENTS events of `EventWord`.
-- `automata [any]`: one flat pool. A program's `Header.AUTOMATON` is the offset of its automaton: `AutomatonWord`s, whose
-  offsets are relative to that one, then
+- `state [num_slots, STATE_WORDS]`: a row a slot, columns `State`; the last MAX_EVENTS columns count how often
+  each event fired.
+- `programs [num_slots, PROGRAM_WORDS]`: a compiled PhaseProgram a slot: `Header`, then MAX_PHASES phases of
+  `PhaseWord`, then MAX_EVENTS events of `EventWord`.
+- `automata [any]`: one flat pool. A program's `Header.AUTOMATON` is the offset of its automaton:
+  `AutomatonWord`s, whose offsets are relative to that one, then
     class_of  [vocab_size]                          token id -> token class
     next      [num_states, num_classes]             DFA over token classes
     match     [num_states, num_classes]             bit p set: the token completes pattern p
     eos       [num_classes]                         1 where the class holds EOS ids
-    inject    [num_injects, num_states, 2]          (offset, length) of the tokens to force, given where the DFA stands: a
-                                                    delimiter that is half written is completed, not restarted
+    inject    [num_injects, num_states, 2]          (offset, length) of the tokens to force, given where the
+                                                    DFA stands: a half-written delimiter is completed,
+                                                    not restarted
   followed by the forced tokens themselves.
 """
 
