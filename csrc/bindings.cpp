@@ -2,6 +2,7 @@
 // needed; the Python wrappers in kernels/<op>/cpu.py check shapes and dtypes before they call.
 #include <pybind11/pybind11.h>
 
+#include "cpu/isa.h"
 #include "cpu/ops.h"
 
 namespace py = pybind11;
@@ -10,6 +11,16 @@ using elastic_decode::DType;
 template <typename T>
 static T* as(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+static void bind_isa(py::module_& m) {
+  py::enum_<elastic_decode::Isa>(m, "Isa")
+      .value("generic", elastic_decode::Isa::Generic)
+      .value("avx2", elastic_decode::Isa::Avx2)
+      .value("avx512", elastic_decode::Isa::Avx512)
+      .value("avx512_bf16", elastic_decode::Isa::Avx512Bf16);
+  m.def("isa", &elastic_decode::isa, "The instruction set that the kernels use.");
+  m.def("limit_isa", &elastic_decode::limit_isa, py::arg("best"), "Cap the instruction set; for tests.");
 }
 
 static void bind_linear(py::module_& m) {
@@ -43,6 +54,7 @@ static void bind_budget(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "elastic_decode's compiled kernels";
   py::module_ cpu = m.def_submodule("cpu", "C++ kernels for the CPU");
+  bind_isa(cpu);
   bind_linear(cpu);
   bind_rms_norm(cpu);
   bind_silu_mul(cpu);
