@@ -11,11 +11,41 @@ enum class DType : int { Float32 = 0, BFloat16 = 1, Float16 = 2 };
 
 // ---- linear ----
 
+// out[t, n] = sum_k x[t, k] weight[n, k] + bias[n], summed in float32. `weight_stride` in elements; the rows of x and out
+// are contiguous. `dtype` is that of x, weight and bias (bias may be null).
+void linear(void* out, const void* x, const void* weight, const void* bias, std::int64_t tokens, std::int64_t outputs,
+            std::int64_t inputs, std::int64_t weight_stride, DType dtype, DType out_dtype);
+
 // ---- rms_norm ----
+
+// out = x / sqrt(mean(x^2) + eps) * weight by row. With `residual` (else null) it first becomes residual + x, in place, and
+// the norm is of that.
+void rms_norm(void* out, void* residual, const void* x, const void* weight, std::int64_t rows, std::int64_t width,
+              float eps, DType dtype);
 
 // ---- silu_mul ----
 
+// out[r, i] = silu(gate_up[r, i]) * gate_up[r, width + i]
+void silu_mul(void* out, const void* gate_up, std::int64_t rows, std::int64_t width, DType dtype);
+
 // ---- rope ----
+
+struct RopeArgs {
+  void* q_out;                       // [tokens, num_heads, head_dim]
+  const void* qkv;                   // [tokens, (num_heads + 2 num_kv_heads) head_dim]
+  const float* cos_sin;              // [positions, head_dim]: cosines, then sines
+  const std::int32_t* positions;     // [tokens]
+  const std::int32_t* slot_mapping;  // [tokens], -1: write no KV
+  void* k_cache;                     // [slots, num_kv_heads, head_dim]
+  void* v_cache;
+  const void* q_weight;  // [head_dim] or null: no norm
+  const void* k_weight;
+  std::int64_t tokens, num_heads, num_kv_heads, head_dim;
+  float eps;
+};
+
+// Norms (optionally) and rotates q and k, writes q to q_out and k, v into the cache.
+void rope(const RopeArgs& args, DType dtype, DType cache_dtype);
 
 // ---- paged_attention ----
 

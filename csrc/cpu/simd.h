@@ -25,7 +25,9 @@ static ELASTIC_INLINE std::uint32_t float_to_bits(float value) {
   return bits;
 }
 
-static ELASTIC_INLINE float to_float(float value) { return value; }
+static ELASTIC_INLINE float to_float(float value) {
+  return value;
+}
 static ELASTIC_INLINE float to_float(BFloat16 value) {
   return bits_to_float(static_cast<std::uint32_t>(value.bits) << 16);
 }
@@ -80,6 +82,28 @@ static ELASTIC_INLINE float exp_float(float x) {
   const float scale = bits_to_float(static_cast<std::uint32_t>(half + 127) << 23);
   const float rest = bits_to_float(static_cast<std::uint32_t>(power - half + 127) << 23);
   return p * scale * rest;
+}
+
+// The order of the additions depends on `count` alone: 32 partial sums, then halves folded onto halves.
+template <class T>
+static ELASTIC_INLINE float sum_of_squares(const T* values, std::int64_t count) {
+  float partial[32] = {};
+  std::int64_t at = 0;
+  for (; at + 32 <= count; at += 32) {
+#pragma omp simd
+    for (int lane = 0; lane < 32; ++lane) {
+      const float value = to_float(values[at + lane]);
+      partial[lane] += value * value;
+    }
+  }
+  for (int lane = 0; at + lane < count; ++lane) {
+    const float value = to_float(values[at + lane]);
+    partial[lane] += value * value;
+  }
+  for (int width = 16; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) partial[lane] += partial[lane + width];
+  }
+  return partial[0];
 }
 
 }  // namespace elastic_decode
