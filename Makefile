@@ -1,0 +1,112 @@
+# Two commands for everybody: `make demo` and `make test`. Every target makes .venv and installs what it needs;
+# stamp files in .venv keep repeat runs fast. Overridable: PYTHON, VENV, TORCH, TORCH_INDEX, ARGS.
+
+VENV ?= .venv
+# The first Python that is new enough, unless one is named.
+PYTHON ?= $(or $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done),python3)
+# torch comes first, in a call of its own: a CPU build chosen here keeps gigabytes of CUDA packages away from machines
+# without a GPU. With a driver present it is the default build; any other requirement can be named.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,--extra-index-url https://download.pytorch.org/whl/cpu)
+# More arguments for the command behind a target: make test ARGS="-x tests/kernels".
+ARGS ?=
+
+# Keeps the repository root off sys.path: `import kernels` there would hide the Hugging Face package of that name.
+export PYTHONSAFEPATH := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --no-input
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help demo test lint format compile-check bench bundled-model clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo           decode with the bundled model under several budgets"
+	@echo "make test           all tests (ARGS=... goes to pytest)"
+	@echo "make lint           ruff, clang-format, mypy; changes nothing"
+	@echo "make format         ruff format and fixes, clang-format"
+	@echo "make compile-check  GPU kernels, compiled without a GPU"
+	@echo "make bench          decode tokens/s beside Hugging Face generate"
+	@echo "make bundled-model  train the bundled tiny model anew"
+	@echo "make clean          remove .venv and everything built"
+
+demo: $(VENV)/.built
+	$(BIN)/elastic-decode demo $(ARGS)
+
+# The interpreter replaces Triton's compiler where @triton.jit decorates, so those tests need a process of their own.
+test: $(VENV)/.built $(VENV)/.test
+	@status=0; \
+	$(BIN)/pytest -m "not interpret" $(ARGS) || status=$$?; \
+	TRITON_INTERPRET=1 $(BIN)/pytest -m interpret $(ARGS) || status=$$?; \
+	exit $$status
+
+lint: $(VENV)/.built $(VENV)/.test $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+compile-check: $(VENV)/.built $(VENV)/.test
+	$(BIN)/python benchmarks/compile_cuda.py
+	$(BIN)/python benchmarks/compile_triton.py
+
+bench: $(VENV)/.built $(VENV)/.test
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/bench_decode.py $(ARGS)
+
+bundled-model: $(VENV)/.built
+	$(BIN)/python recipes/bundled_model.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find kernels csrc \( -name '*.so' -o -name '*.o' \) -delete
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- what the targets stand on ----
+
+define CHECK_MACHINE
+import os, shutil, sys, sysconfig
+need = "make needs Python >= 3.11 with venv and headers, and a C++17 compiler: "
+if sys.version_info < (3, 11):
+    sys.exit(f"{need}{sys.executable} is {sys.version.split()[0]}; name another: make PYTHON=python3.12")
+try:
+    import ensurepip, venv
+except ImportError as error:
+    sys.exit(f"{need}{error}; on Debian: apt install python3-venv")
+if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+    sys.exit(f"{need}Python.h is missing; on Debian: apt install python3-dev")
+compiler = os.environ.get("CXX", "g++").split()[0]
+if not shutil.which(compiler):
+    sys.exit(f"{need}{compiler} is missing; on Debian: apt install g++, or name one with CXX=")
+endef
+export CHECK_MACHINE
+
+$(VENV)/.torch:
+	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) found; install Python >= 3.11" >&2; exit 1; }
+	@$(PYTHON) -c "$$CHECK_MACHINE"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --no-deps $(TORCH_INDEX) "$(TORCH)"
+	$(PIP) install "setuptools>=77" "pybind11>=2.13"
+	@touch $@
+
+# The package, editable, with its extension (the tools to build it are in the environment, so no isolation). Where only
+# C++ changed, what is stale is built in place.
+$(VENV)/.built: pyproject.toml setup.py $(CXX_FILES) | $(VENV)/.torch
+	$(if $(filter pyproject.toml setup.py,$?),$(PIP) install --no-build-isolation --editable .,\
+		$(BIN)/python setup.py -q build_ext --inplace)
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/.built
+	$(PIP) install "elastic-decode[test]"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/.built
+	$(PIP) install "elastic-decode[dev]"
+	@touch $@

@@ -1,0 +1,16 @@
+"""What every test shares: skips for what this process cannot run."""
+
+import os
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="no CUDA device")
+    not_interpreted = pytest.mark.skip(reason="needs TRITON_INTERPRET=1, in a process of its own")
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if item.get_closest_marker("interpret") and os.environ.get("TRITON_INTERPRET") != "1":
+            item.add_marker(not_interpreted)
