@@ -56,13 +56,13 @@ format: $(VENV)/.dev
 
 compile-check: $(VENV)/.built $(VENV)/.test
 	$(BIN)/python benchmarks/compile_cuda.py
-	$(BIN)/python benchmarks/compile_triton.py
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/compile_triton.py
 
 bench: $(VENV)/.built $(VENV)/.test
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/bench_decode.py $(ARGS)
 
 bundled-model: $(VENV)/.built
-	$(BIN)/python recipes/bundled_model.py $(ARGS)
+	$(BIN)/python recipes/bundled_model/train.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

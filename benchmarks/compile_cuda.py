@@ -1,8 +1,8 @@
 """Compiles the CUDA sources for every target GPU without one: `make compile-check`.
 
-csrc/budget.h and csrc/philox.h are one source for the CPU and the GPU, so each is compiled here inside a small kernel that
-calls it; every csrc/cuda/*.cu is compiled alone, as it stands. Prints registers and spills a kernel. Nothing is run. Where
-there is no nvcc it says so and checks nothing.
+csrc/budget.h and csrc/philox.h are one source for the CPU and the GPU, so each is compiled here inside a
+small kernel that calls it; every csrc/cuda/*.cu is compiled alone, as it stands. Prints registers and spills.
+Nothing is run. Where there is no nvcc it says so and checks nothing.
 """
 
 import re
@@ -20,7 +20,8 @@ FLAGS = ["-std=c++17", "--expt-relaxed-constexpr", "-Werror", "all-warnings", "-
 # What a GPU kernel will call of each header: the compiler drops, unchecked, device code that nothing calls.
 CALLERS = {
     "csrc/budget.h": """
-__global__ void budget_row(int32_t* state, const int32_t* program, const int32_t* automata, int32_t* out, int32_t draw) {
+__global__ void budget_row(int32_t* state, const int32_t* program, const int32_t* automata, int32_t draw,
+                           int32_t* out) {
   elastic_decode::budget::Machine machine(state, program, automata);
   if (draw == -2) machine.enter_start(0);
   const elastic_decode::budget::Emitted emitted = machine.step(draw);
@@ -74,9 +75,8 @@ def main() -> int:
                 start = time.perf_counter()
                 ok, report = compile_one(path, target)
                 failures += not ok
-                print(
-                    f"{name} {target}: {'ok' if ok else 'FAILED'} in {time.perf_counter() - start:.1f} s, {report}"
-                )
+                seconds = time.perf_counter() - start
+                print(f"{name} {target}: {'ok' if ok else 'FAILED'} in {seconds:.1f} s, {report}")
     print(
         f"compile-check: {len(sources) * len(TARGETS) - failures} CUDA compilations passed, {failures} failed"
     )

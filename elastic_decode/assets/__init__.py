@@ -1,4 +1,4 @@
-"""What comes in the package besides code: the bundled tiny reasoning model, which `make bundled-model` trains."""
+"""What comes in the package besides code: the bundled tiny model, which `make bundled-model` trains."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ from pathlib import Path
 def tiny_model_path() -> Path:
     """The folder of the bundled model: config.json, model.safetensors, tokenizer.json with a chat template.
 
-    It loads in `Engine.from_pretrained` and in transformers as it is. Raises FileNotFoundError where the package was
-    installed without it.
+    It loads in `Engine.from_pretrained` and in transformers as it is. Raises FileNotFoundError where the
+    package was installed without it.
     """
     folder = Path(__file__).parent / "tiny"
     if not (folder / "config.json").is_file():
