@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from elastic_decode.errors import ConfigError
+from elastic_decode.model_config import ModelConfig, RopeConfig
+
+__all__ = ["EngineConfig", "ModelConfig", "RopeConfig", "parse_size"]
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B?|B)?\s*$", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -74,6 +77,3 @@ class EngineConfig:
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise ConfigError(f"EngineConfig.device must be 'cpu' or 'cuda[:index]', got {self.device!r}")
         parse_size(self.kv_memory, "EngineConfig.kv_memory")
-
-
-# The fields of a model's shape, from its config.json, follow here: `ModelConfig.from_hf`.

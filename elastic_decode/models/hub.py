@@ -1,0 +1,46 @@
+"""A model's local folder, from a folder or a Hugging Face hub id."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from elastic_decode.errors import CheckpointError
+
+# Only the top folder: other formats of the same weights lie below it. Never code, never pickles.
+_ALLOW = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "model*.safetensors"]
+_IGNORE = ["*/*"]
+
+
+def resolve(name: str | Path, revision: str | None = None) -> Path:
+    """The folder `name`, or the local snapshot of the hub repository `name` ("owner/model") at `revision`.
+
+    Downloads config, tokenizer and safetensors files only, and nothing that is cached already. Raises
+    CheckpointError where there is no such folder or repository, access is refused, or it is not cached and
+    the hub cannot be reached.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(
+            f"{path} is a file; give the folder that holds config.json and model.safetensors"
+        )
+    if isinstance(name, Path) or name.startswith((".", "/", "~", os.sep)) or name.count("/") > 1:
+        raise CheckpointError(
+            f"{path} does not exist; give a folder with config.json, or a hub id like 'owner/model'"
+        )
+    try:
+        folder = snapshot_download(name, revision=revision, allow_patterns=_ALLOW, ignore_patterns=_IGNORE)
+    except HFValidationError as error:
+        raise CheckpointError(f"{name!r} is neither a folder nor a hub id: {error}") from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{name!r} is no folder and not in the Hugging Face cache, and the hub cannot be reached: {error}"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise CheckpointError(f"cannot get {name!r} from the Hugging Face hub: {error}") from error
+    return Path(folder)
