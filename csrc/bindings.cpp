@@ -25,14 +25,15 @@ static void bind_isa(py::module_& m) {
 
 static void bind_linear(py::module_& m) {
   m.def("linear", [](std::uintptr_t out, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias,
-                     std::int64_t tokens, std::int64_t outputs, std::int64_t inputs, std::int64_t weight_stride,
-                     int dtype, int out_dtype) {
+                     std::int64_t tokens, std::int64_t outputs, std::int64_t inputs,
+                     std::int64_t weight_stride, int dtype, int out_dtype) {
     const auto call = [&] {
-      elastic_decode::linear(as<void>(out), as<void>(x), as<void>(weight), as<void>(bias), tokens, outputs, inputs,
-                             weight_stride, static_cast<DType>(dtype), static_cast<DType>(out_dtype));
+      elastic_decode::linear(as<void>(out), as<void>(x), as<void>(weight), as<void>(bias), tokens, outputs,
+                             inputs, weight_stride, static_cast<DType>(dtype), static_cast<DType>(out_dtype));
     };
     if (tokens * outputs * inputs < (1 << 22)) return call();
-    py::gil_scoped_release release;  // worth its price only where the work takes longer than a few microseconds
+    py::gil_scoped_release
+        release;  // worth its price only where the work takes longer than a few microseconds
     call();
   });
 }
@@ -40,38 +41,40 @@ static void bind_linear(py::module_& m) {
 static void bind_rms_norm(py::module_& m) {
   m.def("rms_norm", [](std::uintptr_t out, std::uintptr_t residual, std::uintptr_t x, std::uintptr_t weight,
                        std::int64_t rows, std::int64_t width, float eps, int dtype) {
-    elastic_decode::rms_norm(as<void>(out), as<void>(residual), as<void>(x), as<void>(weight), rows, width, eps,
-                             static_cast<DType>(dtype));
+    elastic_decode::rms_norm(as<void>(out), as<void>(residual), as<void>(x), as<void>(weight), rows, width,
+                             eps, static_cast<DType>(dtype));
   });
 }
 
 static void bind_silu_mul(py::module_& m) {
-  m.def("silu_mul", [](std::uintptr_t out, std::uintptr_t gate_up, std::int64_t rows, std::int64_t width, int dtype) {
-    elastic_decode::silu_mul(as<void>(out), as<void>(gate_up), rows, width, static_cast<DType>(dtype));
-  });
+  m.def("silu_mul",
+        [](std::uintptr_t out, std::uintptr_t gate_up, std::int64_t rows, std::int64_t width, int dtype) {
+          elastic_decode::silu_mul(as<void>(out), as<void>(gate_up), rows, width, static_cast<DType>(dtype));
+        });
 }
 
 static void bind_rope(py::module_& m) {
-  m.def("rope", [](std::uintptr_t q_out, std::uintptr_t qkv, std::uintptr_t cos_sin, std::uintptr_t positions,
-                   std::uintptr_t slot_mapping, std::uintptr_t k_cache, std::uintptr_t v_cache,
-                   std::uintptr_t q_weight, std::uintptr_t k_weight, std::int64_t tokens, std::int64_t num_heads,
-                   std::int64_t num_kv_heads, std::int64_t head_dim, float eps, int dtype, int cache_dtype) {
-    const elastic_decode::RopeArgs args{as<void>(q_out),
-                                        as<void>(qkv),
-                                        as<float>(cos_sin),
-                                        as<std::int32_t>(positions),
-                                        as<std::int32_t>(slot_mapping),
-                                        as<void>(k_cache),
-                                        as<void>(v_cache),
-                                        as<void>(q_weight),
-                                        as<void>(k_weight),
-                                        tokens,
-                                        num_heads,
-                                        num_kv_heads,
-                                        head_dim,
-                                        eps};
-    elastic_decode::rope(args, static_cast<DType>(dtype), static_cast<DType>(cache_dtype));
-  });
+  m.def("rope",
+        [](std::uintptr_t q_out, std::uintptr_t qkv, std::uintptr_t cos_sin, std::uintptr_t positions,
+           std::uintptr_t slot_mapping, std::uintptr_t k_cache, std::uintptr_t v_cache,
+           std::uintptr_t q_weight, std::uintptr_t k_weight, std::int64_t tokens, std::int64_t num_heads,
+           std::int64_t num_kv_heads, std::int64_t head_dim, float eps, int dtype, int cache_dtype) {
+          const elastic_decode::RopeArgs args{as<void>(q_out),
+                                              as<void>(qkv),
+                                              as<float>(cos_sin),
+                                              as<std::int32_t>(positions),
+                                              as<std::int32_t>(slot_mapping),
+                                              as<void>(k_cache),
+                                              as<void>(v_cache),
+                                              as<void>(q_weight),
+                                              as<void>(k_weight),
+                                              tokens,
+                                              num_heads,
+                                              num_kv_heads,
+                                              head_dim,
+                                              eps};
+          elastic_decode::rope(args, static_cast<DType>(dtype), static_cast<DType>(cache_dtype));
+        });
 }
 
 static void bind_paged_attention(py::module_& m) {

@@ -11,17 +11,18 @@ enum class DType : int { Float32 = 0, BFloat16 = 1, Float16 = 2 };
 
 // ---- linear ----
 
-// out[t, n] = sum_k x[t, k] weight[n, k] + bias[n], summed in float32. `weight_stride` in elements; the rows of x and out
-// are contiguous. `dtype` is that of x, weight and bias (bias may be null).
-void linear(void* out, const void* x, const void* weight, const void* bias, std::int64_t tokens, std::int64_t outputs,
-            std::int64_t inputs, std::int64_t weight_stride, DType dtype, DType out_dtype);
+// out[t, n] = sum_k x[t, k] weight[n, k] + bias[n], summed in float32. `weight_stride` in elements; the rows
+// of x and out are contiguous. `dtype` is that of x, weight and bias (bias may be null).
+void linear(void* out, const void* x, const void* weight, const void* bias, std::int64_t tokens,
+            std::int64_t outputs, std::int64_t inputs, std::int64_t weight_stride, DType dtype,
+            DType out_dtype);
 
 // ---- rms_norm ----
 
-// out = x / sqrt(mean(x^2) + eps) * weight by row. With `residual` (else null) it first becomes residual + x, in place, and
-// the norm is of that.
-void rms_norm(void* out, void* residual, const void* x, const void* weight, std::int64_t rows, std::int64_t width,
-              float eps, DType dtype);
+// out = x / sqrt(mean(x^2) + eps) * weight by row. With `residual` (else null) it first becomes residual + x,
+// in place, and the norm is of that.
+void rms_norm(void* out, void* residual, const void* x, const void* weight, std::int64_t rows,
+              std::int64_t width, float eps, DType dtype);
 
 // ---- silu_mul ----
 
