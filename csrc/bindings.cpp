@@ -2,6 +2,7 @@
 // needed; the Python wrappers in kernels/<op>/cpu.py check shapes and dtypes before they call.
 #include <pybind11/pybind11.h>
 
+#include "budget.h"
 #include "cpu/isa.h"
 #include "cpu/ops.h"
 
@@ -86,7 +87,41 @@ static void bind_sample(py::module_& m) {
 }
 
 static void bind_budget(py::module_& m) {
-  (void)m;
+  using Address = std::uintptr_t;
+  m.def("budget_step",
+        [](Address state, Address programs, Address automata, Address slots, Address draws, Address logits,
+           Address lse, Address draw_logprob, Address temperature, Address ring_tokens, Address ring_flags,
+           Address ring_logprobs, Address ring_sampling_logprobs, Address ring_index, std::int64_t rows,
+           std::int64_t logits_width, std::int64_t ring_length, std::int64_t ring_width) {
+          elastic_decode::budget_step(
+              {as<std::int32_t>(state), as<std::int32_t>(programs), as<std::int32_t>(automata),
+               as<std::int32_t>(slots), as<std::int32_t>(draws), as<float>(logits), as<float>(lse),
+               as<float>(draw_logprob), as<float>(temperature), as<std::int32_t>(ring_tokens),
+               as<std::int32_t>(ring_flags), as<float>(ring_logprobs), as<float>(ring_sampling_logprobs),
+               as<std::int32_t>(ring_index), logits_width, ring_length, ring_width},
+              rows);
+        });
+  m.def("decode_inputs",
+        [](Address state, Address page_table, Address slots, Address token, Address position, Address seq_len,
+           Address slot_mapping, std::int64_t rows, std::int64_t max_pages, std::int64_t page_size) {
+          elastic_decode::decode_inputs(
+              {as<std::int32_t>(state), as<std::int32_t>(page_table), as<std::int32_t>(slots),
+               as<std::int32_t>(token), as<std::int32_t>(position), as<std::int32_t>(seq_len),
+               as<std::int32_t>(slot_mapping), max_pages, page_size},
+              rows);
+        });
+  m.def("enter_start", [](Address state_row, Address program_row, Address automata, std::int32_t phase) {
+    elastic_decode::enter_start(as<std::int32_t>(state_row), as<std::int32_t>(program_row),
+                                as<std::int32_t>(automata), phase);
+  });
+  m.def("budget_layout", [] {
+    py::dict layout;
+    const elastic_decode::BudgetLayout constants = elastic_decode::budget_layout();
+    for (std::size_t i = 0; i < constants.size; ++i) {
+      layout[constants.constants[i].name] = constants.constants[i].value;
+    }
+    return layout;
+  });
 }
 
 PYBIND11_MODULE(_C, m) {

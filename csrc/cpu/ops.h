@@ -54,4 +54,30 @@ void rope(const RopeArgs& args, DType dtype, DType cache_dtype);
 
 // ---- budget ----
 
+namespace budget {
+struct Step;
+struct DecodeInputs;
+}  // namespace budget
+
+// One decode step of the budget machine for rows 0 … rows-1 (csrc/budget.h).
+void budget_step(const budget::Step& step, std::int64_t rows);
+
+// The forward pass's inputs of rows 0 … rows-1.
+void decode_inputs(const budget::DecodeInputs& inputs, std::int64_t rows);
+
+// The initial state of one row: state [STATE_WORDS], program [PROGRAM_WORDS].
+void enter_start(std::int32_t* state_row, const std::int32_t* program_row, const std::int32_t* automata,
+                 std::int32_t phase);
+
+// The numbers of the machine's tables by name, to compare with kernels/budget/layout.py.
+struct BudgetConstant {
+  const char* name;
+  int value;
+};
+struct BudgetLayout {
+  const BudgetConstant* constants;
+  std::size_t size;
+};
+BudgetLayout budget_layout();
+
 }  // namespace elastic_decode
