@@ -20,7 +20,22 @@ PACKAGE = "elastic_decode"
 # Lowest first; the rooms of one floor never import each other. A room is one or several top modules.
 FLOORS: list[list[frozenset[str]]] = [
     [frozenset({"kernels"})],
-    [frozenset({"core", "config", "model_config", "errors", "budgets", "automata", "delimiters", "assets"})],
+    [
+        frozenset(
+            {
+                "core",
+                "config",
+                "model_config",
+                "errors",
+                "budgets",
+                "phases",
+                "automata",
+                "vocabulary",
+                "delimiters",
+                "assets",
+            }
+        )
+    ],
     [frozenset({"models"})],
     [frozenset({"engine"})],
     [frozenset({"llm"}), frozenset({"tasks"})],

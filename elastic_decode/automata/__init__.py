@@ -72,7 +72,7 @@ class CompiledProgram:
     _tables: Tables = field(repr=False)
 
     def bound(self) -> int | None:
-        """The most tokens, sampled and forced, an output can have; at most max_new; None = no limit is known."""
+        """The most tokens, sampled and forced, an output can have, at most max_new; None = no limit."""
         return self._most
 
     def walk(self, token_ids: Iterable[int], state: int = 0) -> int:

@@ -24,9 +24,14 @@ def _byte_level_model(texts: Sequence[str]) -> models.BPE:
 
 
 def byte_level(
-    texts: Sequence[str] = WORDS, added: Sequence[str] = (), special: Sequence[str] = ("<|eos|>",), **options: object
+    texts: Sequence[str] = WORDS,
+    added: Sequence[str] = (),
+    special: Sequence[str] = ("<|eos|>",),
+    **options: object,
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE (GPT-2, Qwen, Llama 3). added: tokens with special=False; special: special ones, the first is EOS."""
+    """Byte-level BPE (GPT-2, Qwen, Llama 3). added: tokens with special=False; special: special ones, the
+    first is EOS.
+    """
     tokenizer = Tokenizer(_byte_level_model(texts))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -41,7 +46,21 @@ def qwen_like(**options: object) -> PreTrainedTokenizerFast:
 
 def merging(**options: object) -> PreTrainedTokenizerFast:
     """No delimiter is a token, and the close's text merges with what stands beside it."""
-    pieces = ["<think", "</", ".</", "\n</", "think", "think>", ">\n\n", "k>\n", "ink", "</thi", "<", "x<", "nk>."]
+    pieces = [
+        "<think",
+        "</",
+        ".</",
+        "\n</",
+        "think",
+        "think>",
+        ">\n\n",
+        "k>\n",
+        "ink",
+        "</thi",
+        "<",
+        "x<",
+        "nk>.",
+    ]
     return byte_level(pieces, **options)
 
 
@@ -73,7 +92,9 @@ def sentencepiece_like(added: Sequence[str] = (), **options: object) -> PreTrain
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>", **options)
 
 
-def word_level(words: Sequence[str] = ("<think>", "</think>", "1", "2", "+", "ok")) -> PreTrainedTokenizerFast:
+def word_level(
+    words: Sequence[str] = ("<think>", "</think>", "1", "2", "+", "ok"),
+) -> PreTrainedTokenizerFast:
     """One token a word, none of them added but EOS: the tokenizer of a toy model."""
     vocab = {word: i for i, word in enumerate(["<eos>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocab=vocab, unk_token="<unk>"))
