@@ -1,0 +1,94 @@
+"""The engine's parts put together: from a model's weights and a configuration to a Runner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from elastic_decode.config import EngineConfig, ModelConfig, parse_size
+from elastic_decode.delimiters import Delimiters
+from elastic_decode.engine.batch_state import BatchState
+from elastic_decode.engine.decode_loop import DecodeLoop
+from elastic_decode.engine.delivery import Delivery
+from elastic_decode.engine.intake import Intake
+from elastic_decode.engine.kv_cache import KVPages, PagePool, plan_pages
+from elastic_decode.engine.output_ring import OutputRing
+from elastic_decode.engine.runner import Runner
+from elastic_decode.engine.scheduler import Scheduler
+from elastic_decode.kernels import registry
+from elastic_decode.models.decoder import Decoder
+from elastic_decode.models.layout import Weights
+from elastic_decode.models.weights import choose_dtype
+from elastic_decode.vocabulary import vocabulary_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an Engine holds of its inside. `max_model_len` is the resolved one."""
+
+    runner: Runner
+    intake: Intake
+    loop: DecodeLoop
+    pool: PagePool
+    max_model_len: int
+    backend: str
+
+
+def build(
+    model: ModelConfig,
+    weights: Weights,
+    tokenizer: Any,
+    delimiters: Delimiters,
+    config: EngineConfig,
+    *,
+    prefix_cache: bool,
+) -> Parts:
+    """Allocate pages and rows for `config` and connect everything. Raises ConfigError where the sizes cannot
+    work.
+    """
+    device = torch.device(config.device)
+    backend = registry.default_backend(device.type) if config.backend == "auto" else config.backend
+    dtype_name = str(weights.dtype).removeprefix("torch.")
+    kv_dtype = choose_dtype(config.kv_dtype, dtype_name, device)
+    num_pages, max_model_len = plan_pages(
+        model,
+        page_size=config.page_size,
+        dtype=kv_dtype,
+        kv_bytes=parse_size(config.kv_memory, "EngineConfig.kv_memory"),
+        max_batch=config.max_batch,
+        max_model_len=config.max_model_len,
+        index_prefixes=prefix_cache,
+    )
+    pool = PagePool(num_pages, config.page_size, index_prefixes=prefix_cache)
+    kv_pages = KVPages(model, num_pages=num_pages, page_size=config.page_size, dtype=kv_dtype, device=device)
+    batch = BatchState(
+        num_slots=config.max_batch,
+        max_pages=pool.pages_for(max_model_len),
+        vocab_size=model.vocab_size,
+        device=device,
+    )
+    ring = OutputRing(length=max(64, 4 * config.horizon), width=config.max_batch, device=device)
+    decoder = Decoder(model, weights, backend=backend, max_positions=max_model_len)
+    scheduler = Scheduler(pool, kv_pages, batch, prefill_tokens=config.prefill_tokens)
+    loop = DecodeLoop(decoder, kv_pages, pool, batch, ring, backend=backend)
+    intake = Intake(
+        tokenizer=tokenizer,
+        delimiters=delimiters,
+        vocabulary=vocabulary_bytes(tokenizer, model.vocab_size),
+        vocab_size=model.vocab_size,
+        max_model_len=max_model_len,
+        page_size=config.page_size,
+        num_pages=num_pages,
+    )
+    runner = Runner(
+        scheduler=scheduler,
+        loop=loop,
+        ring=ring,
+        batch=batch,
+        intake=intake,
+        delivery=Delivery(tokenizer),
+        horizon=config.horizon,
+    )
+    return Parts(runner, intake, loop, pool, max_model_len, backend)

@@ -1,0 +1,459 @@
+"""Engine: the public face. A checkpoint or a live module in; tokens, completions and rollouts out."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import threading
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from elastic_decode.budgets import Policy
+from elastic_decode.config import EngineConfig, ModelConfig
+from elastic_decode.core import Budget, Generation, Request, SamplingParams, TokenEvent
+from elastic_decode.delimiters import Delimiters, resolve
+from elastic_decode.engine.build import build
+from elastic_decode.engine.delivery import Sink
+from elastic_decode.engine.prompts import as_prompt_list
+from elastic_decode.engine.runner import interrupts_held
+from elastic_decode.engine.sequence import Group
+from elastic_decode.errors import BudgetError, CheckpointError, ConfigError, EngineClosed
+from elastic_decode.models import hub
+from elastic_decode.models.layout import Weights
+from elastic_decode.models.sharing import SharedWeights, share_module
+from elastic_decode.models.weights import choose_dtype, load_checkpoint
+
+AnyBudget = Budget | Policy
+T = TypeVar("T")
+
+
+class Engine:
+    """Decodes batches of prompts under separate think and solve budgets.
+
+    Make one with `Engine.from_pretrained` or `Engine.from_model`. It works only inside a call and in one
+    thread at a time; it is also a context manager. Several generators may be open: any `next()` advances all
+    requests, the others' output waits.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        weights: Weights,
+        tokenizer: Any,
+        delimiters: Delimiters,
+        config: EngineConfig,
+        *,
+        prefix_cache: bool,
+        shared: SharedWeights | None = None,
+    ) -> None:
+        """Not for users: the two class methods below find out what goes in here."""
+        parts = build(model, weights, tokenizer, delimiters, config, prefix_cache=prefix_cache)
+        self.config = config
+        self.model_config = model
+        self.tokenizer = tokenizer
+        self.delimiters = delimiters
+        self.max_model_len = parts.max_model_len
+        self.backend = parts.backend
+        self._shared = shared
+        self._runner, self._intake, self._loop, self._pool = (
+            parts.runner,
+            parts.intake,
+            parts.loop,
+            parts.pool,
+        )
+        self._submitted = Sink()
+        self._ids = itertools.count()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    # ---- making one ----
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | os.PathLike[str],
+        config: EngineConfig | None = None,
+        *,
+        think_open: str | Sequence[int] | None = None,
+        think_close: str | Sequence[int] | None = None,
+        eos_ids: Sequence[int] | None = None,
+    ) -> Engine:
+        """An engine over a checkpoint folder or a hub id (config.json, safetensors, tokenizer).
+
+        `think_open`, `think_close` and `eos_ids` override what tokenizer, chat template and generation_config
+        say. Raises CheckpointError, UnsupportedModel, DelimiterError or ConfigError.
+        """
+        from transformers import AutoTokenizer  # slow to import, and `from_model` does not need it
+
+        config = config or EngineConfig()
+        folder = hub.resolve(path_or_id)
+        model = ModelConfig.from_hf(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        delimiters = resolve(
+            tokenizer,
+            generation_config=_generation_config(folder),
+            think_open=think_open,
+            think_close=think_close,
+            eos_ids=eos_ids,
+        )
+        dtype = choose_dtype(config.dtype, model.dtype, config.device)
+        weights = load_checkpoint(folder, model, dtype, config.device)
+        return cls(
+            model, weights, tokenizer, delimiters, config, prefix_cache=config.prefix_cache is not False
+        )
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        config: EngineConfig | None = None,
+        *,
+        think_open: str | Sequence[int] | None = None,
+        think_close: str | Sequence[int] | None = None,
+        eos_ids: Sequence[int] | None = None,
+    ) -> Engine:
+        """An engine over a live Hugging Face module, sharing its weights without a copy where dtype and
+        device agree.
+
+        The module's parameters become views of the engine's fused buffers, so training them in place trains
+        what the engine runs. Call `sync_weights()` after every update. The prefix cache is off unless
+        `EngineConfig.prefix_cache=True`.
+        """
+        config = config or EngineConfig()
+        shape = ModelConfig.from_hf(model.config)
+        stored = str(next(model.parameters()).dtype).removeprefix("torch.")
+        delimiters = resolve(
+            tokenizer,
+            generation_config=getattr(model, "generation_config", None),
+            think_open=think_open,
+            think_close=think_close,
+            eos_ids=eos_ids,
+        )
+        dtype = choose_dtype(config.dtype, stored, config.device)
+        shared = share_module(model, shape, dtype, config.device)
+        return cls(
+            shape,
+            shared.weights,
+            tokenizer,
+            delimiters,
+            config,
+            prefix_cache=config.prefix_cache is True,
+            shared=shared,
+        )
+
+    # ---- decoding ----
+
+    def stream(
+        self,
+        prompts: Any,
+        *,
+        budget: AnyBudget | Sequence[AnyBudget] | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        n: int = 1,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Generator[TokenEvent, None, None]:
+        """A TokenEvent for every token of every sample, as they come. Closing the generator aborts what is
+        left.
+        """
+        sink = Sink()
+        groups = self._groups(prompts, budget, sampling, n, chat_template_kwargs, sink, streams=True)
+        return self._drain(groups, sink)
+
+    def generate(
+        self,
+        prompts: Any,
+        *,
+        budget: AnyBudget | Sequence[AnyBudget] | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        n: int = 1,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Generation]:
+        """All completions, one Generation a prompt in prompt order."""
+        rollout = self.rollout(
+            prompts, n=n, budget=budget, sampling=sampling, chat_template_kwargs=chat_template_kwargs
+        )
+        return sorted(rollout, key=lambda generation: generation.index)
+
+    def rollout(
+        self,
+        prompts: Any,
+        *,
+        n: int = 1,
+        budget: AnyBudget | Sequence[AnyBudget] | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Generator[Generation, None, None]:
+        """Each prompt's Generation of `n` completions as soon as the group is complete; `.index` says which
+        prompt it is.
+        """
+        sink = Sink()
+        groups = self._groups(prompts, budget, sampling, n, chat_template_kwargs, sink, streams=False)
+        return self._drain(groups, sink)
+
+    def fork(
+        self,
+        prompts: Any,
+        *,
+        think_at: Sequence[int],
+        solve: int | None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Generation]:
+        """One thought, a completion a budget: thinking is decoded once, to max(think_at), and forked at each
+        smaller budget.
+
+        The completion at b equals `Budget(think=b, solve=solve)` with the same seed, token for token. One
+        Generation a prompt, completions in the order of `think_at`.
+        """
+        budgets = [int(budget) for budget in think_at]
+        if not budgets or any(budget < 0 for budget in budgets):
+            raise BudgetError(f"think_at must be one or more budgets >= 0, got {list(think_at)!r}")
+        self._ready()
+        listed = as_prompt_list(prompts)
+        params = _one_each("sampling", sampling, SamplingParams(), SamplingParams, len(listed))
+        sink = Sink()
+        groups = [
+            self._intake.fork(
+                Request(prompt, sampling=params[index]),
+                think_at=budgets,
+                solve=solve,
+                request_id=self._new_id(),
+                index=index,
+                sink=sink,
+                template_kwargs=chat_template_kwargs,
+            )
+            for index, prompt in enumerate(listed)
+        ]
+        return sorted(self._drain(groups, sink), key=lambda generation: generation.index)
+
+    # ---- embedding ----
+
+    def submit(self, request: Request) -> str:
+        """Queue a request for `step()`; returns its id. Raises at once what could never run."""
+        if not isinstance(request, Request):
+            raise ConfigError(f"submit takes a Request, got {type(request).__name__}")
+        self._ready()
+        request_id = request.request_id or self._new_id()
+        if request_id in self._runner.groups:
+            raise ConfigError(f"request_id {request_id!r} is already in use by a running request")
+        with self._working():
+            group = self._intake.group(
+                request, request_id=request_id, index=0, sink=self._submitted, streams=True
+            )
+            self._runner.add(group)
+        return request_id
+
+    def step(self) -> list[TokenEvent]:
+        """Advance everything once; the new events of submitted requests (perhaps none)."""
+        self._ready()
+        queue = self._submitted.queue
+        if not queue and not self._runner.idle:
+            with self._working():
+                self._runner.advance()
+        events: list[TokenEvent] = []
+        while queue and not isinstance(queue[0], Exception):
+            events.append(queue.popleft())
+        if queue and not events:
+            raise queue.popleft()
+        return events
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request, of any generator or submitted, has not finished."""
+        return not self._runner.idle
+
+    def abort(self, request_id: str) -> bool:
+        """End a request; its samples end with reason "abort" and keep what they have. False where it was not
+        running.
+        """
+        self._ready()
+        group = self._runner.groups.get(request_id)
+        if group is None:
+            return False
+        with self._working():
+            self._runner.abort(group)
+        return True
+
+    def end_thinking(self, request_id: str) -> bool:
+        """Force the close on every sample of the request that still thinks. False where it was not running.
+
+        Raises BudgetError where its policy has no close to force.
+        """
+        self._ready()
+        group = self._runner.groups.get(request_id)
+        if group is None:
+            return False
+        if not self._intake.can_end_thinking(group.sequences[0]):
+            raise BudgetError(
+                f"request {request_id}: its policy never forces a close, so its thinking cannot be ended"
+            )
+        with self._working():
+            self._runner.end_thinking(group)
+        return True
+
+    # ---- the engine itself ----
+
+    def sync_weights(self) -> int:
+        """Take over updated weights: required after every update of a shared module. Returns the new weight
+        epoch.
+
+        Shared parameters need no copy; others are cast over. Prefix pages of the old weights are forgotten.
+        """
+        self._ready()
+        with self._working():
+            if self._shared is not None:
+                self._shared.sync()
+            self._runner.scheduler.epoch += 1
+            self._pool.clear_index()
+        return self._runner.scheduler.epoch
+
+    def warmup(self) -> None:
+        """Run each kernel once at full width, so that the first request pays for no first touch."""
+        self._ready()
+        ids = [0] * min(self.config.prefill_tokens, max(1, self.max_model_len - 2))
+        for _ in self.rollout([ids], n=1, budget=Budget(think=0, solve=1)):
+            pass
+
+    def stats(self) -> dict[str, int]:
+        """Counters: pages (reserved for running rows against filled ones), rows, tokens so far."""
+        runner, pool = self._runner, self._pool
+        active = runner.scheduler.active.values()
+        return {
+            "num_pages": pool.num_pages,
+            "free_pages": pool.available,
+            "reserved_pages": sum(len(sequence.pages) for sequence in active),
+            "used_pages": sum(
+                pool.pages_for(max(sequence.computed, sequence.length - 1)) for sequence in active
+            ),
+            "indexed_pages": pool.indexed,
+            "running": len(active),
+            "waiting": len(runner.scheduler.waiting),
+            "sampled_tokens": runner.delivery.sampled_tokens,
+            "forced_tokens": runner.delivery.forced_tokens,
+            "decode_steps": self._loop.steps,
+            "prefix_hit_tokens": runner.scheduler.prefix_hit_tokens,
+            "weight_epoch": runner.scheduler.epoch,
+            "max_model_len": self.max_model_len,
+        }
+
+    def close(self) -> None:
+        """Abort everything and let go of weights and pages. A shared module keeps its parameters."""
+        if self._closed:
+            return
+        with self._working():
+            self._runner.abort_all()
+        self._closed = True
+        # Weights and pages go when nothing names them; a shared module keeps its own parameters.
+        del self._runner, self._intake, self._loop, self._pool, self._shared
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # ---- inside ----
+
+    def _groups(
+        self,
+        prompts: Any,
+        budget: Any,
+        sampling: Any,
+        n: int,
+        template_kwargs: Mapping[str, Any] | None,
+        sink: Sink,
+        *,
+        streams: bool,
+    ) -> list[Group]:
+        self._ready()
+        listed = as_prompt_list(prompts)
+        budgets = _one_each("budget", budget, Budget(), (Budget, Policy), len(listed))
+        params = _one_each("sampling", sampling, SamplingParams(), SamplingParams, len(listed))
+        return [
+            self._intake.group(
+                Request(prompt, budget=budgets[index], sampling=params[index], n=n),
+                request_id=self._new_id(),
+                index=index,
+                sink=sink,
+                streams=streams,
+                template_kwargs=template_kwargs,
+            )
+            for index, prompt in enumerate(listed)
+        ]
+
+    def _drain(self, groups: list[Group], sink: Sink) -> Generator[Any, None, None]:
+        """Submit at the first `next()`, yield what arrives, abort the rest when the consumer goes away."""
+        try:
+            self._ready()
+            with self._working():
+                for group in groups:
+                    self._runner.add(group)
+            while True:
+                while sink.queue:
+                    item = sink.queue.popleft()
+                    if isinstance(item, Exception):
+                        raise item
+                    yield item
+                if not sink.open_groups:
+                    return
+                self._ready()
+                with self._working():
+                    self._runner.advance()
+        finally:
+            if not self._closed:
+                with interrupts_held():
+                    for group in groups:
+                        self._runner.abort(group)
+
+    def _new_id(self) -> str:
+        return f"request-{next(self._ids)}"
+
+    def _ready(self) -> None:
+        if self._closed:
+            raise EngineClosed("this engine is closed; make a new one")
+        if self._shared is not None:
+            self._shared.verify()
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("the engine is at work in another thread; use it from one thread at a time")
+        try:
+            with interrupts_held():
+                yield
+        finally:
+            self._lock.release()
+
+
+def _one_each(name: str, given: Any, default: T, kinds: Any, count: int) -> list[T]:
+    """One value for all prompts, or one a prompt."""
+    if given is None:
+        return [default] * count
+    if isinstance(given, kinds):
+        return [given] * count
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        wanted = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+        raise ConfigError(f"{name} must be a {wanted}, or a list of one a prompt, got {given!r}")
+    if len(given) != count:
+        raise ConfigError(
+            f"{name} has {len(given)} entries for {count} prompts; give one value, or one a prompt"
+        )
+    for index, value in enumerate(given):
+        if not isinstance(value, kinds):
+            raise ConfigError(f"{name}[{index}] is {value!r}, which is no {name}")
+    return list(given)
+
+
+def _generation_config(folder: Path) -> dict[str, Any] | None:
+    """generation_config.json, for its EOS ids only: its sampling defaults are not applied."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
