@@ -62,7 +62,7 @@ bench: $(VENV)/.built $(VENV)/.test
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/bench_decode.py $(ARGS)
 
 bundled-model: $(VENV)/.built
-	$(BIN)/python recipes/bundled_model/train.py $(ARGS)
+	$(BIN)/python recipes/bundled_model/train.py --out elastic_decode/assets/tiny $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
@@ -92,8 +92,8 @@ $(VENV)/.torch:
 	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) found; install Python >= 3.11" >&2; exit 1; }
 	@$(PYTHON) -c "$$CHECK_MACHINE"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --no-deps $(TORCH_INDEX) "$(TORCH)"
 	$(PIP) install "setuptools>=77" "pybind11>=2.13"
+	$(PIP) install --no-deps $(TORCH_INDEX) "$(TORCH)"
 	@touch $@
 
 # The package, editable, with its extension (the tools to build it are in the environment, so no isolation). Where only

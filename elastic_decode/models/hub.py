@@ -15,7 +15,7 @@ _ALLOW = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "model*.safeten
 _IGNORE = ["*/*"]
 
 
-def resolve(name: str | Path, revision: str | None = None) -> Path:
+def resolve(name: str | os.PathLike[str], revision: str | None = None) -> Path:
     """The folder `name`, or the local snapshot of the hub repository `name` ("owner/model") at `revision`.
 
     Downloads config, tokenizer and safetensors files only, and nothing that is cached already. Raises
@@ -29,7 +29,7 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(
             f"{path} is a file; give the folder that holds config.json and model.safetensors"
         )
-    if isinstance(name, Path) or name.startswith((".", "/", "~", os.sep)) or name.count("/") > 1:
+    if not isinstance(name, str) or name.startswith((".", "/", "~", os.sep)) or name.count("/") > 1:
         raise CheckpointError(
             f"{path} does not exist; give a folder with config.json, or a hub id like 'owner/model'"
         )

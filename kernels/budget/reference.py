@@ -234,7 +234,7 @@ def budget_step(
     at = int(ring_index[0]) % ring_tokens.shape[0]
     tokens, flags, logprobs = ring_tokens.numpy()[at], ring_flags.numpy()[at], ring_logprobs.numpy()[at]
     sampling_logprobs = ring_sampling_logprobs.numpy()[at]
-    all_states, all_programs, pool = state.numpy(), programs.numpy(), memoryview(automata.numpy())
+    all_states, all_programs, pool = state.numpy(), programs.numpy(), automata.numpy().data
     scores, norms, scale = logits.numpy(), lse.numpy(), temperature.numpy()
     for row, (slot, draw) in enumerate(zip(slots.tolist(), token.tolist(), strict=True)):
         if slot < 0:
@@ -277,5 +277,5 @@ def enter_start(
     state_row: torch.Tensor, program_row: torch.Tensor, automata: torch.Tensor, phase: int
 ) -> None:
     words = state_row.tolist()
-    Machine(words, program_row.tolist(), memoryview(automata.numpy())).enter_start(phase)
+    Machine(words, program_row.tolist(), automata.numpy().data).enter_start(phase)
     state_row.numpy()[:] = words

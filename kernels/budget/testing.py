@@ -55,7 +55,8 @@ def automaton(
     append(AutomatonWord.NEXT, [state for row in following for state in row])
     append(AutomatonWord.MATCH, [bits for row in match for bits in row])
     append(AutomatonWord.EOS, eos)
-    spans, forced = [], []
+    spans: list[int] = []
+    forced: list[int] = []
     start = len(words) + 2 * len(injects) * len(following)
     for tokens in (tokens for inject in injects for tokens in inject):
         spans += [start + len(forced), len(tokens)]
