@@ -28,6 +28,7 @@ from elastic_decode.models.weights import choose_dtype, load_checkpoint
 
 AnyBudget = Budget | Policy
 T = TypeVar("T")
+_CLOSED = "this engine is closed; make a new one"
 
 
 class Engine:
@@ -320,6 +321,8 @@ class Engine:
 
     def stats(self) -> dict[str, int]:
         """Counters: pages (reserved for running rows against filled ones), rows, tokens so far."""
+        if self._closed:
+            raise EngineClosed(_CLOSED)
         runner, pool = self._runner, self._pool
         active = runner.scheduler.active.values()
         return {
@@ -414,7 +417,7 @@ class Engine:
 
     def _ready(self) -> None:
         if self._closed:
-            raise EngineClosed("this engine is closed; make a new one")
+            raise EngineClosed(_CLOSED)
         if self._shared is not None:
             self._shared.verify()
 
