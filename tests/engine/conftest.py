@@ -132,7 +132,7 @@ def shape(vocab_size: int = VOCAB, max_positions: int = 4096) -> ModelConfig:
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scripted]:
-    """`scripted(script, tokenizer=…, delimiters=…, **EngineConfig)` -> an engine that decodes by the script."""
+    """`scripted(script, tokenizer=…, **EngineConfig)` -> an engine that decodes by the script."""
 
     def make(
         script: Script,

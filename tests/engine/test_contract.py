@@ -130,7 +130,7 @@ def test_results_do_not_depend_on_batch_order_pages_chunks_or_horizon(scripted):
 
 def test_prefix_hits_save_prefill_and_change_nothing(scripted):
     shared = list(range(40))
-    prompts = [shared + [100 + i] for i in range(4)]
+    prompts = [[*shared, 100 + i] for i in range(4)]
     made = scripted(noisy)
     fresh = scripted(noisy, prefix_cache=False)
     plain = fresh.engine.generate(prompts, budget=Budget(think=4, solve=4), sampling=GREEDY)
@@ -324,9 +324,13 @@ def test_closing_a_generator_returns_its_pages(scripted):
     stream.close()
     stats = engine.stats()
     assert (stats["running"], stats["waiting"], stats["free_pages"]) == (0, 0, stats["num_pages"])
-    with pytest.raises(ZeroDivisionError):
+
+    def fail_while_consuming():
         for _ in engine.stream([PROMPT], budget=Budget(think=50, solve=5)):
             raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_while_consuming()
     assert not engine.has_work
 
 
@@ -500,8 +504,8 @@ def test_bad_input_names_what_is_wrong(scripted):
     with pytest.raises(ConfigError, match="kv_memory"):
         scripted(dots, kv_memory="8B")
     assert not engine.has_work
+    engine.submit(Request(PROMPT, request_id="x"))
     with pytest.raises(ConfigError, match="in use"):
-        engine.submit(Request(PROMPT, request_id="x"))
         engine.submit(Request(PROMPT, request_id="x"))
 
 

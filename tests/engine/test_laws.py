@@ -14,6 +14,7 @@ from elastic_decode.errors import BudgetError, DelimiterError
 EOS, OPEN, CLOSE = 256, 257, 258
 GREEDY = SamplingParams(temperature=0)
 PROMPT = [ord(c) for c in "ab"]
+DOT = ord(".")
 
 
 def ids(text: str) -> list[int]:
@@ -24,7 +25,7 @@ def ids(text: str) -> list[int]:
 def run(scripted):
     """Decode one prompt whose model says tokens[i] at output position i; returns the completion."""
 
-    def decode(tokens, budget, *, prompt=PROMPT, sampling=GREEDY, then=ord("."), **options) -> Completion:
+    def decode(tokens, budget, *, prompt=PROMPT, sampling=GREEDY, then=DOT, **options) -> Completion:
         def script(history):
             index = len(history) - len(prompt)
             return tokens[index] if index < len(tokens) else then
@@ -205,7 +206,7 @@ def test_open_thinking_with_a_solve_budget_leaves_room_for_it(run):
 
 def test_a_finite_budget_that_cannot_fit_raises_with_the_numbers(scripted):
     engine = scripted(lambda history: ord("z"), max_model_len=32).engine
-    with pytest.raises(BudgetError, match="32|30"):
+    with pytest.raises(BudgetError, match="30"):
         engine.generate([PROMPT], budget=Budget(think=100, solve=4))
 
 
