@@ -79,7 +79,32 @@ static void bind_rope(py::module_& m) {
 }
 
 static void bind_paged_attention(py::module_& m) {
-  (void)m;
+  m.def("paged_attention",
+        [](std::uintptr_t q, int q_dtype, std::uintptr_t k_cache, std::uintptr_t v_cache, int kv_dtype,
+           std::uintptr_t page_table, std::uintptr_t seq_lens, std::uintptr_t query_start, std::uintptr_t out,
+           int num_tokens, int num_rows, int max_pages, int num_heads, int num_kv_heads, int head_dim,
+           int page_size, float scale, int window) {
+          const elastic_decode::PagedAttentionCall call{as<void>(q),
+                                                        as<void>(k_cache),
+                                                        as<void>(v_cache),
+                                                        static_cast<DType>(q_dtype),
+                                                        static_cast<DType>(kv_dtype),
+                                                        as<std::int32_t>(page_table),
+                                                        as<std::int32_t>(seq_lens),
+                                                        as<std::int32_t>(query_start),
+                                                        as<void>(out),
+                                                        num_tokens,
+                                                        num_rows,
+                                                        max_pages,
+                                                        num_heads,
+                                                        num_kv_heads,
+                                                        head_dim,
+                                                        page_size,
+                                                        scale,
+                                                        window};
+          py::gil_scoped_release release;
+          elastic_decode::paged_attention(call);
+        });
 }
 
 static void bind_sample(py::module_& m) {

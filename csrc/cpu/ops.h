@@ -50,6 +50,24 @@ void rope(const RopeArgs& args, DType dtype, DType cache_dtype);
 
 // ---- paged_attention ----
 
+// Shapes as in kernels/paged_attention/__init__.py; everything contiguous.
+struct PagedAttentionCall {
+  const void* q;
+  const void* k_cache;
+  const void* v_cache;
+  DType q_dtype, kv_dtype;  // Float32 or BFloat16; out has q's
+  const std::int32_t* page_table;
+  const std::int32_t* seq_lens;
+  const std::int32_t* query_start;
+  void* out;
+  int num_tokens, num_rows, max_pages, num_heads, num_kv_heads, head_dim, page_size;
+  float scale;
+  int window;  // 0: none
+
+  int group() const { return num_heads / num_kv_heads; }
+};
+void paged_attention(const PagedAttentionCall& call);
+
 // ---- sample ----
 
 // ---- budget ----
