@@ -29,6 +29,14 @@ __global__ void budget_row(int32_t* state, const int32_t* program, const int32_t
   out[1] = emitted.flags;
 }
 """,
+    "csrc/philox.h": """
+__global__ void noise_row(uint32_t* words, float* noise, int64_t seed, int32_t position, int32_t vocab_size) {
+  const int32_t id = blockIdx.x * blockDim.x + threadIdx.x;
+  if (id >= vocab_size) return;
+  words[id] = elastic_decode::philox_word(seed, 0, position, id);
+  noise[id] = elastic_decode::gumbel(words[id]);
+}
+""",
 }
 
 
