@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -82,8 +83,16 @@ class TextMatcher:
         number: dict[tuple[tuple[int, bool], ...], int] = {nothing: 0}
         seen: dict[bytes, int] = {}
         self.kind_of = np.zeros(vocab_size, np.int64)
-        for i, token in enumerate(vocabulary.tokens[:vocab_size]):
-            if token.endswith(begins) or token.startswith(continues) or token in data or data in token:
+        printed = vocabulary.tokens[:vocab_size]
+        printed += (b"",) * (vocab_size - len(printed))  # ids that the tokenizer does not use
+        for i, token in enumerate(printed):
+            # The tests of one byte are cheaper than the exact ones behind them, and rule most tokens out.
+            touches = (
+                data in token
+                or (token[-1:] in data and token.endswith(begins))
+                or (token[:1] in data and (token.startswith(continues) or token in data))
+            )
+            if touches:
                 if token not in seen:
                     moves = tuple(run(state, token) for state in range(states))
                     seen[token] = number.setdefault(moves, len(number))
@@ -120,6 +129,7 @@ class Automaton:
     states: list[tuple[int, ...]]  # each matcher's state
 
 
+@lru_cache(maxsize=32)
 def make_matcher(
     pattern: Pattern, vocabulary: Vocabulary | None, vocab_size: int, *, stay: bool = False
 ) -> Matcher:
