@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 from elastic_decode.budgets import Policy
@@ -20,7 +18,7 @@ from elastic_decode.engine.delivery import Sink
 from elastic_decode.engine.prompts import as_prompt_list
 from elastic_decode.engine.runner import interrupts_held
 from elastic_decode.engine.sequence import Group
-from elastic_decode.errors import BudgetError, CheckpointError, ConfigError, EngineClosed
+from elastic_decode.errors import BudgetError, ConfigError, EngineClosed
 from elastic_decode.models import hub
 from elastic_decode.models.layout import Weights
 from elastic_decode.models.sharing import SharedWeights, share_module
@@ -95,7 +93,7 @@ class Engine:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         delimiters = resolve(
             tokenizer,
-            generation_config=_generation_config(folder),
+            generation_config=hub.generation_config(folder),
             think_open=think_open,
             think_close=think_close,
             eos_ids=eos_ids,
@@ -449,14 +447,3 @@ def _one_each(name: str, given: Any, default: T, kinds: Any, count: int) -> list
         if not isinstance(value, kinds):
             raise ConfigError(f"{name}[{index}] is {value!r}, which is no {name}")
     return list(given)
-
-
-def _generation_config(folder: Path) -> dict[str, Any] | None:
-    """generation_config.json, for its EOS ids only: its sampling defaults are not applied."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -44,3 +46,16 @@ def resolve(name: str | os.PathLike[str], revision: str | None = None) -> Path:
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(f"cannot get {name!r} from the Hugging Face hub: {error}") from error
     return Path(folder)
+
+
+def generation_config(folder: Path) -> dict[str, Any] | None:
+    """generation_config.json, for its EOS ids: its sampling defaults are not applied. None where there is
+    none.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
