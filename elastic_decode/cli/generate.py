@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -69,6 +69,7 @@ def add_parser(commands: Any) -> None:
         "--tokens", action="store_true", help="JSONL: every token with phase, provenance and logprobs"
     )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar on standard error")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --output file")
     options.add_budget(parser)
     options.add_sampling(parser)
     options.add_delimiters(parser)
@@ -98,13 +99,12 @@ def _jobs(arguments: argparse.Namespace) -> list[Job]:
             prompt = [*system, {"role": "user", "content": text}]
         jobs.append(Job(len(jobs), prompt, policy, sampling))
     if arguments.input is not None:
-        source = sys.stdin if arguments.input == "-" else Path(arguments.input).open(encoding="utf-8")
-        with source:
-            for number, line in enumerate(source, 1):
-                if line.strip():
-                    jobs.append(
-                        _job(line, f"{arguments.input}:{number}", len(jobs), arguments, policy, sampling)
-                    )
+        piped = arguments.input == "-"
+        text = sys.stdin.read() if piped else Path(arguments.input).read_text(encoding="utf-8")
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                where = f"{'standard input' if piped else arguments.input}:{number}"
+                jobs.append(_job(line, where, len(jobs), arguments, policy, sampling))
     if not jobs:
         raise ConfigError("nothing to do: give --prompt TEXT or --input FILE.jsonl")
     return jobs
@@ -197,9 +197,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _write_jsonl(engine: Any, jobs: list[Job], arguments: argparse.Namespace) -> int:
-    out: IO[str] = (
-        sys.stdout if arguments.output is None else Path(arguments.output).open("w", encoding="utf-8")
-    )
     started, tokens = time.perf_counter(), 0
     rollout = engine.rollout(
         [job.prompt for job in jobs],
@@ -208,19 +205,23 @@ def _write_jsonl(engine: Any, jobs: list[Job], arguments: argparse.Namespace) ->
         sampling=[j.sampling for j in jobs],
     )
     hidden = arguments.no_progress or not sys.stderr.isatty()
-    try:
-        with _progress(len(jobs), hidden) as advance:
-            for generation in rollout:
-                record = _record(jobs[generation.index], generation, arguments.tokens)
-                out.write(json.dumps(record, ensure_ascii=False) + "\n")
-                out.flush()
-                tokens += sum(len(c.token_ids) for c in generation.completions)
-                advance(f"{tokens / (time.perf_counter() - started):.0f} tokens/s")
-    finally:
-        rollout.close()
-        if out is not sys.stdout:
-            out.close()
+    with _out(arguments) as out, closing(rollout), _progress(len(jobs), hidden) as advance:
+        for generation in rollout:
+            record = _record(jobs[generation.index], generation, arguments.tokens)
+            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+            out.flush()
+            tokens += sum(len(c.token_ids) for c in generation.completions)
+            advance(f"{tokens / (time.perf_counter() - started):.0f} tokens/s")
     return 0
+
+
+def _out(arguments: argparse.Namespace) -> AbstractContextManager[IO[str]]:
+    if arguments.output is None:
+        return nullcontext(sys.stdout)
+    path = Path(arguments.output)
+    if path.exists() and path.stat().st_size > 0 and not arguments.overwrite:
+        raise ConfigError(f"{path} exists; choose another --output, or pass --overwrite to replace it")
+    return path.open("w", encoding="utf-8")
 
 
 def _stream_text(engine: Any, jobs: list[Job], arguments: argparse.Namespace) -> int:

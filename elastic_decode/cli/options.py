@@ -59,7 +59,8 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
         "--policy",
         choices=POLICIES,
         default="elastic",
-        help="elastic: T, then the close is forced, then S; truncate: --total for everything; budget-forcing: S1, early closes "
+        help="elastic: T, then the close is forced, then S; truncate: --total for everything; "
+        "budget-forcing: S1, early closes "
         "become --wait; soft-landing: after T, at the next newline within --grace; wrap-up: --text before "
         "the forced close; "
         "no-thinking: T = 0 (default: elastic)",
@@ -83,7 +84,7 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
 
 
 def policy_of(arguments: argparse.Namespace) -> Policy:
-    """The policy that the flags describe. Raises ConfigError for flags that the chosen policy would ignore."""
+    """The policy the flags describe. Raises ConfigError for flags that the chosen policy would ignore."""
     name, think, solve = arguments.policy, arguments.think, arguments.solve
     if arguments.total is not None and name != "truncate":
         raise ConfigError(f"--total belongs to --policy truncate; {name} takes --think and --solve")
