@@ -70,6 +70,41 @@ void paged_attention(const PagedAttentionCall& call);
 
 // ---- sample ----
 
+// The contract is that of kernels/sample/__init__.py; R rows, S slots, vocabulary V.
+struct SampleArgs {
+  std::int32_t* token;  // [R]
+  float* lse;
+  float* sampling_logprob;
+  const float* logits;            // [R, V]
+  const std::int32_t* slots;      // [R], -1: idle
+  const std::int32_t* positions;  // [R]
+  std::int64_t rows, vocab;
+  const float* temperature;  // [S], as all that follow
+  const std::int32_t* top_k;
+  const float* top_p;
+  const float* min_p;
+  const std::int64_t* seed;
+  const std::int32_t* sample_index;
+  const float* repetition;
+  const float* presence;
+  const float* frequency;
+  const std::int32_t* ban_until;
+  const std::int32_t* ban_ids;   // [S, num_bans]
+  const std::int32_t* bias_ids;  // [S, num_biases]
+  const float* bias_values;      // [S, num_biases]
+  std::int64_t num_bans, num_biases;
+  const std::int32_t* output_counts;  // [S, V] or null
+  const std::uint8_t* prompt_mask;    // [S, V] or null
+};
+
+void sample(const SampleArgs& args);
+
+// The random words of ids 0..count at one position, and the Gumbel noise that words become, by the code that sample() uses: for
+// tests. `count` is a multiple of 32.
+void sample_words(std::uint32_t* words, std::int64_t count, std::int64_t seed, std::int32_t sample_index,
+                  std::int32_t position);
+void sample_gumbel(float* gumbel, const std::uint32_t* words, std::int64_t count);
+
 // ---- budget ----
 
 namespace budget {

@@ -1,7 +1,7 @@
-"""Sampling a token a row: penalties, bias, bans, temperature, top-k, top-p, min-p and Gumbel-max noise from Philox.
+"""Sampling a token a row: penalties, bias, bans, temperature, top-k, top-p, min-p and Gumbel-max noise.
 
-Every draw is a function of (logits, slot's parameters, seed, sample index, position): neither the batch, the row's place in it
-nor the number of threads changes a bit. The filters are defined by thresholds on values, free of any sort order.
+Every draw is a function of (logits, parameters, seed, sample index, position): neither the batch, nor the
+place in it, nor the number of threads changes a bit. The filters are thresholds on values: no sort order.
 """
 
 from typing import NamedTuple
@@ -31,21 +31,23 @@ class SamplingTable(NamedTuple):
     bias_ids: torch.Tensor  # int32 [S, B], padded with -1; B may be 0; an id may occur more than once
     bias_values: torch.Tensor  # float32 [S, B]
     output_counts: torch.Tensor | None = None  # int32 [S, V]: how often the slot's output holds a token
-    prompt_mask: torch.Tensor | None = None  # uint8 [S, V]: 1 where the prompt holds it. Both None: no slot uses penalties
+    prompt_mask: torch.Tensor | None = (
+        None  # uint8 [S, V]: 1 where the prompt holds it. Both None: no slot uses penalties
+    )
 
 
 class Sampled(NamedTuple):
-    """What was drawn, a row of the batch an entry."""
+    """What was drawn, a row of the batch an entry; the draw's log-probability is logits[token] / T - lse."""
 
     token: torch.Tensor  # int32 [R]; -1: an idle row, or a row with nothing to draw
-    lse: torch.Tensor  # float32 [R]: logsumexp of the raw logits / T (T = 1 when greedy); the draw's logprob is logits[token] / T - lse
-    sampling_logprob: torch.Tensor  # float32 [R]: under the distribution actually drawn from; 0 when greedy
+    lse: torch.Tensor  # float32 [R]: logsumexp of the raw logits / T (T = 1 when greedy)
+    sampling_logprob: torch.Tensor  # float32 [R]: under the distribution drawn from; 0 when greedy
 
 
 def make_table(
     num_slots: int, num_ban_ids: int = 0, num_bias: int = 0, device: torch.device | str = "cpu"
 ) -> SamplingTable:
-    """A table with every option off: temperature 1, seed 0, no bans, no bias, no penalties (their two tensors are None)."""
+    """A table with every option off: temperature 1, seed 0, no bans, no bias, no tensors for penalties."""
 
     def full(value: float, dtype: torch.dtype, *shape: int) -> torch.Tensor:
         return torch.full((num_slots, *shape), value, dtype=dtype, device=device)
@@ -78,9 +80,9 @@ def sample(
 ) -> Sampled:
     """Draws one token a row.
 
-    logits float32 [R, V]; slots int32 [R]: the row of `table` to use, -1 for an idle row (its outputs: token -1, lse 0,
-    sampling_logprob 0); positions int32 [R]: the position in prompt + output that the drawn token will have. `out`, where given, is written
-    and returned. Slots must be below S: device values are not checked.
+    logits float32 [R, V]; slots int32 [R]: the row of `table` to use, -1 for an idle row (token -1, lse 0,
+    sampling_logprob 0); positions int32 [R]: the position in prompt + output that the drawn token will have.
+    `out`, where given, is written and returned. Slots must be below S: values on a device are not checked.
 
     In this order, x being a row's logits, T its temperature:
     1. repetition: x / r where x > 0, else x * r, for tokens of prompt or output (Hugging Face's rule);
@@ -88,16 +90,20 @@ def sample(
     2. x + bias, then x = -inf for the banned;
     3. T = 0: the argmax, ties to the lowest id. Otherwise y = x / T and
     4. top-k: kept where fewer than k values are strictly greater;
-    5. top-p: kept where the mass strictly above, renormalised over what top-k kept, is below p; the maximum always is;
+    5. top-p: kept where the mass strictly above, renormalised over what top-k kept, is below p; the maximum
+       always is;
     6. min-p: kept where y - max y >= log(min_p);
-    7. the argmax of y + G over what is kept, ties to the lowest id, with Gumbel noise G = -log E, E = -log(1 - u),
-       u = (word + 1/2) 2^-32, the word from Philox 4x32-10 (Salmon et al., SC 2011) under the key (seed's low 32 bits, sample index) and
-       the counter (id // 4, position, seed's high 32 bits, 0), word id % 4. See csrc/philox.h for how u is kept away from 0 and 1.
+    7. the argmax of y + G over what is kept, ties to the lowest id: Gumbel noise G = -log E, E = -log(1 - u),
+       u = (word + 1/2) 2^-32. The word is number id % 4 of Philox 4x32-10 (Salmon et al., SC 2011) under the
+       key (seed's low 32 bits, sample index) and the counter (id // 4, position, seed's high 32 bits, 0).
+       csrc/philox.h says how u is kept from rounding to 0 or 1.
 
-    A row holding a NaN or +inf (before or after step 2), or nothing above -inf, has nothing to draw: token -1, sampling_logprob 0; its lse is
-    what logsumexp says. Where steps 1 to 6 change nothing, sampling_logprob is logits[token] / T - lse to the last bit.
+    A row with a NaN or +inf (before or after step 2), or with nothing above -inf, has nothing to draw: token
+    -1, sampling_logprob 0; its lse is what logsumexp gives. With every option of steps 1, 2 and 4 to 6 off,
+    sampling_logprob equals logits[token] / T - lse to the last bit.
 
-    Raises TypeError for a wrong dtype, ValueError for a wrong shape or device, RuntimeError where the backend cannot run here.
+    Raises TypeError for a wrong dtype, ValueError for a wrong shape or device, RuntimeError where the backend
+    cannot run here.
     """
     check(logits, slots, positions, table, out)
     name = default_backend(logits.device.type) if backend == "auto" else backend
@@ -135,11 +141,15 @@ def check(
     checks.check_tensor("table.seed", table.seed, (num_slots,), torch.int64, device)
     checks.check_tensor("table.ban_ids", table.ban_ids, (num_slots, None), torch.int32, device)
     checks.check_tensor("table.bias_ids", table.bias_ids, (num_slots, None), torch.int32, device)
-    checks.check_tensor("table.bias_values", table.bias_values, tuple(table.bias_ids.shape), torch.float32, device)
+    checks.check_tensor(
+        "table.bias_values", table.bias_values, tuple(table.bias_ids.shape), torch.float32, device
+    )
     if (table.output_counts is None) != (table.prompt_mask is None):
         raise ValueError("table.output_counts and table.prompt_mask must both be given, or both be None")
     if table.output_counts is not None and table.prompt_mask is not None:
-        checks.check_tensor("table.output_counts", table.output_counts, (num_slots, vocab), torch.int32, device)
+        checks.check_tensor(
+            "table.output_counts", table.output_counts, (num_slots, vocab), torch.int32, device
+        )
         checks.check_tensor("table.prompt_mask", table.prompt_mask, (num_slots, vocab), torch.uint8, device)
     if out is not None:
         checks.check_tensor("out.token", out.token, (rows,), torch.int32, device)

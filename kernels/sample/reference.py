@@ -1,4 +1,7 @@
-"""The definition of `sample` in slow, obvious PyTorch: a Python loop over rows, float64 wherever the contract leaves the precision open."""
+"""The definition of `sample` in slow, obvious PyTorch: a Python loop over rows.
+
+Noise and steps 1 and 2 are in float32, as in every backend; what follows is in float64.
+"""
 
 import math
 
@@ -10,11 +13,14 @@ _LOW = 0xFFFFFFFF
 
 
 def philox(counter: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Philox 4x32-10 (Salmon et al., SC 2011): counter int64 [..., 4], key int64 [..., 2], both of 32-bit words -> int64 [..., 4]."""
+    """Philox 4x32-10 (Salmon et al., SC 2011) on 32-bit words held in int64.
+
+    counter [..., 4] and key [..., 2] -> [..., 4].
+    """
     c0, c1, c2, c3 = counter.unbind(-1)
     k0, k1 = key.unbind(-1)
     for _ in range(10):
-        # Products wrap modulo 2^64 in int64; the mask after the arithmetic shift leaves exactly the high word.
+        # Products wrap modulo 2^64 in int64; masking after the shift leaves exactly the high word.
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         high0, low0, high1, low1 = (p0 >> 32) & _LOW, p0 & _LOW, (p1 >> 32) & _LOW, p1 & _LOW
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
@@ -22,7 +28,9 @@ def philox(counter: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return torch.stack((c0, c1, c2, c3), -1)
 
 
-def words(seed: int, sample_index: int, position: int, vocab: int, device: torch.device | None = None) -> torch.Tensor:
+def words(
+    seed: int, sample_index: int, position: int, vocab: int, device: torch.device | None = None
+) -> torch.Tensor:
     """The 32-bit random word of every vocabulary id: int64 [vocab]."""
     groups = torch.arange((vocab + 3) // 4, dtype=torch.int64, device=device)
     constants = torch.tensor([position & _LOW, (seed >> 32) & _LOW, 0], dtype=torch.int64, device=device)
@@ -32,11 +40,11 @@ def words(seed: int, sample_index: int, position: int, vocab: int, device: torch
 
 
 def exponential(word: torch.Tensor) -> torch.Tensor:
-    """E = -log(1 - u), u = (word + 1/2) 2^-32, for words int64 in 0 .. 2^32 - 1 -> float32, always in [2^-33, 23).
+    """E = -log(1 - u), u = (word + 1/2) 2^-32: words int64, 0 .. 2^32 - 1 -> float32, in [2^-33, 23).
 
-    Below u = 2^-10, the series of -log1p(-u): word + 1/2 is exact in float32 there, and the next term is under 2^-32 of the sum.
-    Above, 1 - u is formed from the complement of the word, (2^32 - 1 - word + 1/2) 2^-32, so it never rounds to 0; and it is below
-    1 - 2^-11, so its logarithm never rounds to 0 either.
+    Below u = 2^-10 the series of -log1p(-u): word + 1/2 is exact in float32 there, and the next term is under
+    2^-31 of the sum. Above, 1 - u is formed from the word's complement, (2^32 - 1 - word + 1/2) 2^-32, which
+    never rounds to 0; and it is at most 1 - 2^-10, so its logarithm never rounds to 0 either.
     """
     u = (word.float() + 0.5) * 2.0**-32
     series = u * (1 + u * (0.5 + u * (1 / 3)))
@@ -45,7 +53,7 @@ def exponential(word: torch.Tensor) -> torch.Tensor:
 
 
 def gumbel(word: torch.Tensor) -> torch.Tensor:
-    """Standard Gumbel noise of words int64 -> float32, between -log(33 log 2) = -3.13 and 33 log 2 = 22.88."""
+    """Standard Gumbel noise: words int64 -> float32, from -log(33 log 2) = -3.13 to 33 log 2 = 22.87."""
     return -torch.log(exponential(word))
 
 
@@ -85,6 +93,21 @@ def kept(y: torch.Tensor, top_k: int, top_p: float, min_p: float) -> torch.Tenso
     return keep
 
 
+def is_plain(slot: int, position: int, table: SamplingTable, vocab: int) -> bool:
+    """Whether no option of steps 1, 2 and 4 to 6 is on, so that a draw is from softmax(raw logits / T)."""
+
+    def listed(ids: torch.Tensor) -> bool:
+        return bool(((ids[slot] >= 0) & (ids[slot] < vocab)).any())
+
+    penalties = (table.repetition[slot], table.presence[slot], table.frequency[slot])
+    penalized = table.output_counts is not None and penalties != (1.0, 0.0, 0.0)
+    banned = position < int(table.ban_until[slot]) and listed(table.ban_ids)
+    filtered = (
+        0 < int(table.top_k[slot]) < vocab or float(table.top_p[slot]) < 1 or float(table.min_p[slot]) > 0
+    )
+    return not (penalized or listed(table.bias_ids) or banned or filtered)
+
+
 def sample(
     logits: torch.Tensor,
     slots: torch.Tensor,
@@ -115,7 +138,7 @@ def sample(
         score = (y + gumbel(word).double()).masked_fill(~keep, -math.inf)
         token = int((score == score.max()).nonzero()[0])
         out.token[row] = token
-        if torch.equal(x, raw) and bool((keep | (y == -math.inf)).all()):
+        if is_plain(slot, position, table, len(y)):
             out.sampling_logprob[row] = raw[token] / table.temperature[slot] - out.lse[row]
         else:
             out.sampling_logprob[row] = torch.log_softmax(y.masked_fill(~keep, -math.inf), 0)[token]
