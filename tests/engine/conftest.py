@@ -159,3 +159,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scripted]:
         return Scripted(engine, decoder)
 
     return make
+
+
+@pytest.fixture
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    return make_byte_tokenizer()
