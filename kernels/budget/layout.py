@@ -15,7 +15,7 @@ Three int32 tables:
     eos       [num_classes]                         1 where the class holds EOS ids
     inject    [num_injects, num_states, 2]          (offset, length) of the tokens to force, given where the
                                                     DFA stands: a half-written delimiter is completed,
-                                                    not restarted
+                                                    not restarted. This offset, too, is relative
   followed by the forced tokens themselves.
 """
 
@@ -70,7 +70,7 @@ class EventWord(IntEnum):
     NEXT = 1  # phase index, or -Finish; the current phase's own index keeps its count running
     REPLACE = 2  # 1: the triggering draw is no token
     MAX_COUNT = 3  # -1 = any number of times
-    FALLBACK = 4  # the event to use once MAX_COUNT is spent
+    FALLBACK = 4  # the event to use once MAX_COUNT is spent; -1: none, an ordinary token
     THINK_END = 5  # ThinkEnd to record, -1 = leave
 
 
@@ -104,7 +104,7 @@ class Finish(IntEnum):
     EOS = 1
     BUDGET = 2
     LENGTH = 3
-    INVALID = 4  # the row's logits held no candidate (all NaN or -inf); nothing was emitted
+    INVALID = 4  # no candidate in the row's logits (all NaN or -inf), or a malformed program
     HOST = 5  # the host ended the row: stop string, abort
 
 
@@ -120,6 +120,6 @@ class Flag(IntEnum):
 
     VALID = 1
     FORCED = 2
-    SOLVE = 4  # the token's phase label
+    SOLVE = 4  # the token's phase label; an EOS that ends the run is always SOLVE
     FINISH_SHIFT = 4  # bits 4-7: Finish after this token
     THINK_END_SHIFT = 8  # bits 8-9: ThinkEnd so far

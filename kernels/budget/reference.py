@@ -241,7 +241,7 @@ def budget_step(
             flags[row] = 0
             continue
         words = all_states[slot].tolist()
-        emitted, flags[row] = Machine(words, memoryview(all_programs[slot]), pool).step(draw)
+        emitted, flags[row] = Machine(words, all_programs[slot].data, pool).step(draw)
         all_states[slot] = words
         if flags[row] & Flag.VALID:
             tokens[row] = emitted
