@@ -17,7 +17,8 @@ from elastic_decode.kernels.paged_attention import paged_attention, reference
 from elastic_decode.kernels.testing import assert_close
 
 BACKENDS = [b for b in ("reference", "cpu") if registry.available("paged_attention")[b] is None]
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+CPU_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {**CPU_DTYPES, "f16": torch.float16}
 
 
 @dataclass
@@ -223,7 +224,7 @@ def test_no_rows_and_no_tokens(backend: str) -> None:
 
 def test_future_tokens_cannot_reach_the_past() -> None:
     """Not even as 0 * NaN: a chunk is computed together, yet a NaN in a later token stays there."""
-    for dtype, (seq_len, count) in itertools.product(DTYPES.values(), [(37, 37), (290, 60)]):
+    for dtype, (seq_len, count) in itertools.product(CPU_DTYPES.values(), [(37, 37), (290, 60)]):
         case = make_case([(seq_len, count)], heads=4, kv_heads=2, head_dim=32, dtype=dtype)
         for isa, window in itertools.product(each_isa(), (None, 9)):
             clean = case.run(window=window)
@@ -255,7 +256,9 @@ def decode_one_by_one(case: Case, window: int | None) -> torch.Tensor:
     return torch.cat(out)
 
 
-def in_chunks(case: Case, chunks: Sequence[int], page_size: int, window: int | None) -> torch.Tensor:
+def in_chunks(
+    case: Case, chunks: Sequence[int], page_size: int, window: int | None, backend: str = "cpu"
+) -> torch.Tensor:
     """Row 0 of `case` over pages of another size, prefilled chunk by chunk, each beside unlike rows."""
     k_cache, v_cache, table = pack([*case.keys, *case.keys], [*case.values, *case.values], page_size, seed=3)
     count, done, out = int(case.query_start[1]), 0, []
@@ -266,7 +269,7 @@ def in_chunks(case: Case, chunks: Sequence[int], page_size: int, window: int | N
         lens = torch.tensor([11, position + done + chunk, 5], dtype=torch.int32)
         start = torch.tensor([0, 3, 3 + chunk, 4 + chunk], dtype=torch.int32)
         tables = table[[0, 1, 0]].contiguous()
-        result = paged_attention(q, k_cache, v_cache, tables, lens, start, window=window, backend="cpu")
+        result = paged_attention(q, k_cache, v_cache, tables, lens, start, window=window, backend=backend)
         out.append(result[3 : 3 + chunk])
         done += chunk
     assert done == count
@@ -384,3 +387,60 @@ def test_wrong_options_raise() -> None:
         paged_attention(*case.inputs(), out=case.q.bfloat16())
     with pytest.raises(ValueError, match="backend"):
         paged_attention(*case.inputs(), backend="nonsense")
+
+
+# ---- Triton, under its interpreter ----
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("dtypes", ["f32", "f16", "bf16", "f32-f16", "bf16-f32"])
+def test_triton_dtypes(dtypes: str) -> None:
+    dtype, _, kv_dtype = dtypes.partition("-")
+    rows = [(1, 1), (17, 5), (0, 1), (33, 1), (0, 0), (300, 3)]
+    case = make_case(
+        rows, heads=4, kv_heads=2, head_dim=16, dtype=DTYPES[dtype], kv_dtype=DTYPES[kv_dtype or dtype]
+    )
+    exact, baseline = pytorch_attention(case, torch.float64), pytorch_attention(case, DTYPES[dtype])
+    assert_close(case.run("triton"), exact, baseline)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "page_size", "window"),
+    [(3, 3, 24, 3, None), (7, 1, 40, 16, 5), (2, 1, 80, 1, 70), (40, 1, 8, 64, None), (4, 2, 130, 16, 256)],
+)
+def test_triton_shapes(heads: int, kv_heads: int, head_dim: int, page_size: int, window: int | None) -> None:
+    rows = [(40, 7), (259, 1), (64, 2)]
+    case = make_case(
+        rows, heads=heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, idle_tokens=2
+    )
+    exact, baseline = (pytorch_attention(case, dtype, window) for dtype in (torch.float64, torch.float32))
+    out = case.run("triton", window=window)
+    assert_close(out, exact, baseline)
+    assert not out[-2:].any()
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("window", [None, 300])
+def test_triton_bits_do_not_depend_on_how_splits_are_walked(
+    monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    """One program for all splits, one each, several each; the interpreter multiplies with NumPy,
+    whose bits depend on a tile's other rows, so the chunks are alike."""
+    from elastic_decode.kernels.paged_attention import triton as backend
+
+    case = make_case([(600, 9)], heads=4, kv_heads=2, head_dim=16, dtype=torch.float16)
+    results = []
+    for programs, page_size in [(1, 16), (3, 1), (2, 64)]:
+        monkeypatch.setattr(backend, "programs_for_splits", lambda *_, n=programs: n)
+        results.append(in_chunks(case, [4, 5], page_size, window, "triton"))
+    assert results[0].isfinite().all()
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.interpret
+def test_triton_refuses_what_it_has_no_tiling_for() -> None:
+    case = make_case([(4, 1)], heads=1, kv_heads=1, head_dim=300)
+    with pytest.raises(ValueError, match="head_dim up to 256"):
+        case.run("triton")
