@@ -455,9 +455,10 @@ def test_close_and_context_manager(scripted):
         stream = engine.stream([PROMPT])
         next(stream)
     engine.close()
-    for call in (lambda: engine.generate([PROMPT]), engine.stats, lambda: next(stream)):
+    for call in (lambda: engine.generate([PROMPT]), engine.stats, engine.warmup):
         with pytest.raises(EngineClosed):
             call()
+    assert [event.finish_reason for event in stream][-1] == "abort", "an open generator ends"
 
 
 # ---- bad input ----

@@ -14,10 +14,10 @@ import transformers
 from elastic_decode import Budget, Engine, EngineConfig, SamplingParams, budgets
 
 EOS, VOCAB = 256, 300
-NEW = 20
+NEW = 14
 NEAR_TIE = 1e-4
 # More than one EOS id, as many real checkpoints have: random models would seldom hit a single one.
-EOS_IDS = [EOS, *range(262, 270)]
+EOS_IDS = [EOS, *range(262, 282)]
 
 BASE: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -90,6 +90,8 @@ def hf_greedy(model: Any, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
     """(new tokens, the gap between the two best logits at each)."""
     out = model.generate(
         torch.tensor([prompt]),
+        # else HF masks the pad id within prompts
+        attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
         max_new_tokens=NEW,
         do_sample=False,
         return_dict_in_generate=True,
