@@ -17,7 +17,6 @@ from elastic_decode.engine.output_ring import Flight, OutputRing
 from elastic_decode.engine.scheduler import Chunk
 from elastic_decode.engine.sequence import Sequence
 from elastic_decode.kernels import registry
-from elastic_decode.kernels.budget.layout import State
 from elastic_decode.models.decoder import Decoder, ForwardBatch
 
 
@@ -90,7 +89,11 @@ class DecodeLoop:
             return None
         sequences = [chunk.sequence for chunk in chunks if chunk.completes]
         flight = Flight(sequences, self._ring.launched, 1)
-        self._draw(hidden, upload([sequence.slot for sequence in sequences]))
+        self._draw(
+            hidden,
+            upload([sequence.slot for sequence in sequences]),
+            upload([chunk.stop for chunk in chunks if chunk.completes]),
+        )
         return flight
 
     def decode(self, sequences: list[Sequence], steps: int) -> Flight:
@@ -120,14 +123,16 @@ class DecodeLoop:
             query_start=self._arange[: rows + 1],
         )
         hidden = self._decoder.forward(token, forward_batch, self._kv_pages.layers)
-        self._draw(hidden, slots)
+        self._draw(hidden, slots, seq_len)
         self.steps += 1
 
-    def _draw(self, hidden: torch.Tensor, slots: torch.Tensor) -> None:
-        """Hidden states [R, H] of rows `slots` -> a token each, through the budget machine, into the ring."""
+    def _draw(self, hidden: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:
+        """Hidden states [R, H] of rows `slots` -> a token each, through the budget machine, into the ring.
+
+        positions int32 [R]: where the drawn tokens will stand.
+        """
         batch, ring = self._batch, self._ring
         logits = self._decoder.logits(hidden)
-        positions = batch.state[:, State.POSITION].index_select(0, slots) + 1
         sampled = self._sample(logits, slots, positions, batch.table)
         self._budget_step(
             batch.state,

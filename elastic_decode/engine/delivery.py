@@ -54,9 +54,14 @@ class Delivery:
                     break  # what the device decoded past a host-side stop is discarded
                 flags = landed.flags[step][column]
                 if not flags & _VALID:
-                    if (flags >> _FINISH_SHIFT) & 15 == Finish.INVALID:
+                    finish = (flags >> _FINISH_SHIFT) & 15
+                    if finish == Finish.INVALID:
                         self._fail(sequence)
                         finished += sequence.group.sequences
+                    elif finish in _REASONS:  # ended without a token: an expiry that forces nothing
+                        sequence.think_end = _THINK_ENDS[(flags >> _THINK_END_SHIFT) & 3]
+                        self.finish(sequence, _REASONS[finish])
+                        finished.append(sequence)
                     break
                 self._take(
                     sequence,
