@@ -104,7 +104,8 @@ class Sampler {
                          args_.seed[row.slot],
                          args_.sample_index[row.slot],
                          args_.positions[row.at],
-                         -kInfinity};
+                         -kInfinity,
+                         -FLT_MAX};
     // The maximum is always among what may be drawn: its score is the one to beat.
     alignas(64) float value[16] = {row.max};
     alignas(64) std::int32_t id[16] = {top};
@@ -210,7 +211,8 @@ class Sampler {
     return true;
   }
 
-  // Steps 4 to 6. Returns false where no filter is on, else leaves what may be drawn in row.candidates.
+  // Steps 4 to 6. Returns true where what may be drawn is listed in row.candidates, false where it is all
+  // that reaches row.noise.least.
   bool filter(Row& row) const {
     const std::int64_t vocab = args_.vocab, k = args_.top_k[row.slot];
     const double p = std::max(0.0, static_cast<double>(args_.top_p[row.slot]));
@@ -218,33 +220,67 @@ class Sampler {
     const bool by_count = k > 0 && k < vocab, by_mass = p < 1.0, by_ratio = min_p > 0.0f;
     if (!by_count && !by_mass && !by_ratio) return false;
     row.plain = false;
-    const std::int64_t groups = (vocab + kSampleGroup - 1) / kSampleGroup;
-    const double log_min_p = by_ratio ? std::log(static_cast<double>(min_p)) : -HUGE_VAL;
     // Everything below `floor` is out for certain, and nothing below it is needed to find the thresholds:
     // under top-k, the mass that top-p looks at is that of the k largest. All mass below y = log((1 - p) mass
     // / V) together is less than the 1 - p that top-p leaves out.
-    double floor = -FLT_MAX;
-    const auto raise = [&](double y) { floor = std::max(floor, row.max + (y - 1e-3) * row.temperature); };
-    if (by_count) floor = kth_largest_bound(row.lane_max.data(), groups, k, row.floats);
-    if (by_mass && !by_count) raise(std::log((1.0 - p) * row.mass / static_cast<double>(vocab)));
-    if (by_ratio && !(by_count && by_mass)) raise(log_min_p);
-    const float from = std::min(row.max, std::nextafter(static_cast<float>(floor), -FLT_MAX));
+    const float least_y = by_ratio ? static_cast<float>(std::log(static_cast<double>(min_p))) : -kInfinity;
+    const float ratio = by_ratio ? ratio_threshold(row.max, row.inverse_t, least_y) : -FLT_MAX;
+    float floor = -FLT_MAX;
+    if (by_count) {
+      const std::int64_t groups = (vocab + kSampleGroup - 1) / kSampleGroup;
+      floor = kth_largest_bound(row.lane_max.data(), groups, k, row.floats);
+    } else if (by_mass) {
+      const double y = std::log((1.0 - p) * row.mass / static_cast<double>(vocab)) - 1e-3;
+      const double x = std::max(-static_cast<double>(FLT_MAX), row.max + y * row.temperature);
+      floor = std::min(row.max, std::nextafter(static_cast<float>(x), -FLT_MAX));
+    }
+    if (!(by_count && by_mass)) floor = std::max(floor, ratio);
 
     Candidates& all = row.candidates;
-    all.count = kernels_.collect(row.x, vocab, row.lane_max.data(), from, all.values.get(vocab + 16),
-                                 all.ids.get(vocab + 16));
-    kernels_.weigh(all.values.data(), all.count, row.max, row.inverse_t, all.weights.get(vocab + 16));
-    const auto keep = [&](float least, float least_y) {
-      return keep_from(all, least, least_y, row.max, row.inverse_t);
-    };
+    all.values.get(vocab + 16), all.ids.get(vocab + 16), all.weights.get(vocab + 16);
+    all.count = kernels_.collect(row.x, vocab, row.lane_max.data(), floor, all.values.data(), all.ids.data(),
+                                 by_count ? vocab : vocab / 8);
+    if (all.count < 0) {
+      const float least = by_mass ? wide_mass_threshold(row, floor, p * row.mass) : -FLT_MAX;
+      row.noise.least = std::max(least, ratio);
+      row.mass =
+          kernels_.mass_from(row.x, vocab, row.lane_max.data(), row.noise.least, row.max, row.inverse_t);
+      return false;
+    }
+    weigh(row);
     float least = -FLT_MAX;
     if (by_count && all.count > k) least = kth_largest(all.values.data(), all.count, k, row.floats);
     if (by_mass) {
-      const double mass = by_count ? keep(least, -kInfinity) : row.mass;
+      const double mass = by_count ? keep_from(all, least) : row.mass;
       least = mass_threshold(all, p * mass, row.indices);
     }
-    row.mass = keep(least, static_cast<float>(log_min_p));
+    row.mass = keep_from(all, std::max(least, ratio));
     return true;
+  }
+
+  void weigh(Row& row) const {
+    Candidates& all = row.candidates;
+    kernels_.weigh(all.values.data(), all.count, row.max, row.inverse_t, all.weights.data());
+  }
+
+  // mass_threshold() where the candidates are too many to list: by bins of equal width, then exactly within
+  // the one bin.
+  float wide_mass_threshold(Row& row, float floor, double target) const {
+    const float scale = std::min((kSampleBins - 1) / (row.max - floor), FLT_MAX);
+    double mass[kSampleBins + 1] = {};
+    kernels_.histogram(row.x, args_.vocab, row.lane_max.data(), floor, row.max, row.inverse_t, scale, mass);
+    double above = 0.0;
+    std::int32_t bin = 0;
+    for (std::int32_t next = 1; next < kSampleBins && above + mass[bin] < target; ++next) {
+      if (mass[next] == 0.0) continue;
+      above += mass[bin];
+      bin = next;
+    }
+    Candidates& all = row.candidates;
+    all.count = kernels_.collect_bin(row.x, args_.vocab, row.lane_max.data(), floor, row.max, scale, bin,
+                                     all.values.data(), all.ids.data());
+    weigh(row);
+    return mass_threshold(all, target - above, row.indices);
   }
 
   const SampleArgs& args_;

@@ -67,6 +67,8 @@ struct Avx2 {
             _mm256_castsi256_ps(_mm256_cmpgt_epi32(n, _mm256_add_epi32(lane, _mm256_set1_epi32(8))))};
   }
   static inline M either(M x, M y) { return {_mm256_or_ps(x.a, y.a), _mm256_or_ps(x.b, y.b)}; }
+  static inline M both_of(M x, M y) { return {_mm256_and_ps(x.a, y.a), _mm256_and_ps(x.b, y.b)}; }
+  static inline M but_not(M x, M y) { return {_mm256_andnot_ps(y.a, x.a), _mm256_andnot_ps(y.b, x.b)}; }
   static inline std::uint32_t mask(M m) {
     return static_cast<std::uint32_t>(_mm256_movemask_ps(m.a)) |
            static_cast<std::uint32_t>(_mm256_movemask_ps(m.b)) << 8;
@@ -98,6 +100,7 @@ struct Avx2 {
     return _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_srli_epi32(v, 16)), _mm256_set1_ps(65536.0f), low);
   }
   static inline F to_float(I v) { return {unsigned_to_float(v.a), unsigned_to_float(v.b)}; }
+  static inline I truncate(F v) { return {_mm256_cvttps_epi32(v.a), _mm256_cvttps_epi32(v.b)}; }
   static inline F to_float_signed(I v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
   static inline I load_int(const std::uint32_t* p) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),

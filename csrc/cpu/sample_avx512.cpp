@@ -47,6 +47,8 @@ struct Avx512 {
   }
   static inline M first(std::int64_t count) { return static_cast<M>((1u << count) - 1); }
   static inline M either(M a, M b) { return static_cast<M>(a | b); }
+  static inline M both_of(M a, M b) { return static_cast<M>(a & b); }
+  static inline M but_not(M a, M b) { return static_cast<M>(a & ~b); }
   static inline std::uint32_t mask(M m) { return m; }
   static inline F select(M m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
 
@@ -65,6 +67,7 @@ struct Avx512 {
     return _mm512_srai_epi32(v, n);
   }
   static inline F to_float(I v) { return _mm512_cvtepu32_ps(v); }
+  static inline I truncate(F v) { return _mm512_cvttps_epi32(v); }
   static inline F to_float_signed(I v) { return _mm512_cvtepi32_ps(v); }
   static inline I load_int(const std::uint32_t* p) { return _mm512_loadu_si512(p); }
   static inline void store_int(std::uint32_t* p, I v) { _mm512_storeu_si512(p, v); }

@@ -98,7 +98,21 @@ float mass_threshold(const Candidates& candidates, double target, std::vector<st
   }
 }
 
-double keep_from(Candidates& candidates, float least, float least_y, float max, float inverse_t) {
+float ratio_threshold(float max, float inverse_t, float least_y) {
+  // By bisection over all floats: rounding makes the expression's inverse inexact, but it stays monotone.
+  std::uint32_t low = key(-FLT_MAX), high = key(max);
+  while (low < high) {
+    const std::uint32_t middle = low + (high - low) / 2;
+    if ((value_of(middle) - max) * inverse_t >= least_y) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return value_of(low);
+}
+
+double keep_from(Candidates& candidates, float least) {
   float* values = candidates.values.data();
   std::int32_t* ids = candidates.ids.data();
   float* weights = candidates.weights.data();
@@ -106,7 +120,7 @@ double keep_from(Candidates& candidates, float least, float least_y, float max, 
   std::int64_t kept = 0;
   for (std::int64_t i = 0; i < candidates.count; ++i) {
     const float value = values[i], weight = weights[i];
-    const bool keep = value >= least && (value - max) * inverse_t >= least_y;
+    const bool keep = value >= least;
     values[kept] = value;
     ids[kept] = ids[i];
     weights[kept] = weight;

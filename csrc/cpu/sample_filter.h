@@ -43,8 +43,10 @@ float kth_largest_bound(const float* lane_max, std::int64_t groups, std::int64_t
 // has none below).
 float mass_threshold(const Candidates& candidates, double target, std::vector<std::int32_t>& space);
 
-// Keeps, in order, the candidates with value >= least and (value - max) * inverse_t >= least_y. Returns the
-// weight of those left.
-double keep_from(Candidates& candidates, float least, float least_y, float max, float inverse_t);
+// The smallest value with (value - max) * inverse_t >= least_y; least_y <= 0.
+float ratio_threshold(float max, float inverse_t, float least_y);
+
+// Keeps, in order, the candidates that reach `least`. Returns the weight of those left.
+double keep_from(Candidates& candidates, float least);
 
 }  // namespace elastic_decode

@@ -68,6 +68,12 @@ struct Generic {
   static inline M either(const M& x, const M& y) {
     return each<M>([&](int i) { return x.v[i] | y.v[i]; });
   }
+  static inline M both_of(const M& x, const M& y) {
+    return each<M>([&](int i) { return x.v[i] & y.v[i]; });
+  }
+  static inline M but_not(const M& x, const M& y) {
+    return each<M>([&](int i) { return x.v[i] & ~y.v[i]; });
+  }
   static inline std::uint32_t mask(const M& m) {
     std::uint32_t bits = 0;
     for (int i = 0; i < 16; ++i) bits |= m.v[i] << i;
@@ -109,6 +115,9 @@ struct Generic {
   }
   static inline F to_float(const I& x) {
     return each<F>([&](int i) { return static_cast<float>(x.v[i]); });
+  }
+  static inline I truncate(const F& x) {
+    return each<I>([&](int i) { return static_cast<std::uint32_t>(static_cast<std::int32_t>(x.v[i])); });
   }
   static inline F to_float_signed(const I& x) {
     return each<F>([&](int i) { return static_cast<float>(static_cast<std::int32_t>(x.v[i])); });

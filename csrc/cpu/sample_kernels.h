@@ -11,6 +11,8 @@ constexpr std::int64_t kSampleLanes = 16;
 constexpr std::int64_t kSampleGroup = 256;
 // Elements whose exponentials are summed as one: fixed ranges, so the bits of lse depend on nothing else.
 constexpr std::int64_t kSampleChunk = 4096;
+// Of the histogram that finds top-p's threshold where much of the vocabulary is above it.
+constexpr std::int32_t kSampleBins = 2048;
 
 struct ChunkScan {
   float max;  // NaN ignored
@@ -32,15 +34,26 @@ struct NoiseRow {
   std::int64_t seed;
   std::int32_t sample_index, position;
   float bound;  // some entry's score: what cannot reach it is skipped
+  float least;  // entries below are filtered out
 };
 
 struct SampleKernels {
   // x[0..count), count <= kSampleChunk; writes lane_max [ceil(count / 256), 16].
   ChunkScan (*scan)(const float* x, std::int64_t count, float inverse_t, float* lane_max);
-  // The entries x >= floor (floor finite), in order; the outputs have room for 16 more than there are.
-  // Returns how many.
+  // The entries x >= floor (floor finite), in order; the outputs have room for 16 more than limit. Returns
+  // how many, -1 where there are more than `limit`.
   std::int64_t (*collect)(const float* x, std::int64_t vocab, const float* lane_max, float floor,
-                          float* values, std::int32_t* ids);
+                          float* values, std::int32_t* ids, std::int64_t limit);
+  // mass[bin] += exp((x - max) * inverse_t), bin = floor((max - x) * scale), for x >= floor. kSampleBins + 1
+  // entries: the last takes the others, and means nothing.
+  void (*histogram)(const float* x, std::int64_t vocab, const float* lane_max, float floor, float max,
+                    float inverse_t, float scale, double* mass);
+  // As collect, but only the entries of one bin; no limit.
+  std::int64_t (*collect_bin)(const float* x, std::int64_t vocab, const float* lane_max, float floor,
+                              float max, float scale, std::int32_t bin, float* values, std::int32_t* ids);
+  // The sum of exp((x - max) * inverse_t) over x >= floor.
+  double (*mass_from)(const float* x, std::int64_t vocab, const float* lane_max, float floor, float max,
+                      float inverse_t);
   // weights[i] = exp((values[i] - max) * inverse_t); values readable and weights writable up to the next
   // multiple of 16.
   void (*weigh)(const float* values, std::int64_t count, float max, float inverse_t, float* weights);

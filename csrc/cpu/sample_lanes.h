@@ -177,22 +177,79 @@ struct SampleLanes {
     return result;
   }
 
-  static std::int64_t collect(const float* x, std::int64_t vocab, const float* lane_max, float floor,
-                              float* values, std::int32_t* ids) {
+  // Calls body(first id, 16 values, which of them reach the floor), unless none does. Stops when body says
+  // so.
+  template <class Body>
+  static inline void each_from(const float* x, std::int64_t vocab, const float* lane_max, float floor,
+                               const Body& body) {
     float space[kSampleGroup];
     const F least = V::set(floor);
-    std::int64_t found = 0;
     for (std::int64_t at = 0; at < vocab; at += kSampleGroup) {
       if (!V::mask(V::at_least(V::load(lane_max + at / kSampleGroup * kSampleLanes), least))) continue;
       const float* source = group(x, vocab, at, space);
       for (int i = 0; i < kSampleGroup; i += 16) {
         const F v = V::load(source + i);
         const auto hit = V::at_least(v, least);
-        if (!V::mask(hit)) continue;
-        found += V::compress(hit, v, static_cast<std::int32_t>(at + i), values + found, ids + found);
+        if (V::mask(hit) && !body(static_cast<std::int32_t>(at + i), v, hit)) return;
       }
     }
+  }
+
+  static std::int64_t collect(const float* x, std::int64_t vocab, const float* lane_max, float floor,
+                              float* values, std::int32_t* ids, std::int64_t limit) {
+    std::int64_t found = 0;
+    each_from(x, vocab, lane_max, floor, [&](std::int32_t id, F v, auto hit) {
+      found += V::compress(hit, v, id, values + found, ids + found);
+      return found <= limit;
+    });
+    return found <= limit ? found : -1;
+  }
+
+  static void histogram(const float* x, std::int64_t vocab, const float* lane_max, float floor, float max,
+                        float inverse_t, float scale, double* mass) {
+    const F top = V::set(max), inverse = V::set(inverse_t), factor = V::set(scale);
+    const F other = V::set(static_cast<float>(kSampleBins));
+    each_from(x, vocab, lane_max, floor, [&](std::int32_t, F v, auto hit) {
+      float weight[16];
+      std::uint32_t bin[16];
+      V::store(weight, exp(V::mul(V::sub(v, top), inverse)));
+      V::store_int(bin, V::truncate(V::select(hit, V::mul(V::sub(top, v), factor), other)));
+      for (int i = 0; i < 16; ++i) mass[bin[i]] += static_cast<double>(weight[i]);
+      return true;
+    });
+  }
+
+  static std::int64_t collect_bin(const float* x, std::int64_t vocab, const float* lane_max, float floor,
+                                  float max, float scale, std::int32_t bin, float* values,
+                                  std::int32_t* ids) {
+    const F top = V::set(max), factor = V::set(scale);
+    const F from = V::set(static_cast<float>(bin)), to = V::set(static_cast<float>(bin + 1));
+    std::int64_t found = 0;
+    each_from(x, vocab, lane_max, floor, [&](std::int32_t id, F v, auto hit) {
+      const F place = V::mul(V::sub(top, v), factor);
+      const auto inside = V::both_of(hit, V::but_not(V::at_least(place, from), V::at_least(place, to)));
+      if (V::mask(inside)) found += V::compress(inside, v, id, values + found, ids + found);
+      return true;
+    });
     return found;
+  }
+
+  static double mass_from(const float* x, std::int64_t vocab, const float* lane_max, float floor, float max,
+                          float inverse_t) {
+    const F top = V::set(max), inverse = V::set(inverse_t), zero = V::set(0.0f);
+    double total = 0.0;
+    F sum = zero;
+    std::int32_t chunk = 0;  // partial sums in float32 over a chunk each
+    each_from(x, vocab, lane_max, floor, [&](std::int32_t id, F v, auto hit) {
+      if (id >= chunk + static_cast<std::int32_t>(kSampleChunk)) {
+        total += static_cast<double>(reduce_sum(sum));
+        sum = zero;
+        chunk = id;
+      }
+      sum = V::add(sum, V::select(hit, exp(V::mul(V::sub(v, top), inverse)), zero));
+      return true;
+    });
+    return total + static_cast<double>(reduce_sum(sum));
   }
 
   static void weigh(const float* values, std::int64_t count, float max, float inverse_t, float* weights) {
@@ -226,13 +283,16 @@ struct SampleLanes {
   static Best draw_range(const NoiseRow& row, std::int64_t begin, std::int64_t end) {
     float space[kSampleGroup];
     const Key key(row.seed, row.sample_index, row.position);
-    const F max = V::set(row.max), scale = V::set(row.inverse_t);
+    const F max = V::set(row.max), scale = V::set(row.inverse_t), least = V::set(row.least);
     float bound = row.bound;
     Best best{kMinusInfinity, -1};
-    const auto scaled = [&](const float* from) { return V::mul(V::sub(V::load(from), max), scale); };
+    const auto scaled = [&](const float* from) {
+      const F x = V::load(from);
+      return V::select(V::at_least(x, least), V::mul(V::sub(x, max), scale), V::set(kMinusInfinity));
+    };
     for (std::int64_t at = begin; at < end; at += kSampleGroup) {
-      F least = V::set(bound - kGumbelMax);
-      if (!V::mask(V::at_least(scaled(row.lane_max + at / kSampleGroup * kSampleLanes), least))) continue;
+      const F most = scaled(row.lane_max + at / kSampleGroup * kSampleLanes);
+      if (!V::mask(V::at_least(most, V::set(bound - kGumbelMax)))) continue;
       const float* values = group(row.x, row.vocab, at, space);
       for (int i = 0; i < kSampleGroup; i += 32) {
         const F a = scaled(values + i), b = scaled(values + i + 16);
@@ -291,7 +351,8 @@ struct SampleLanes {
   }
 
   static constexpr SampleKernels kernels() {
-    return SampleKernels{&scan, &collect, &weigh, &draw_range, &draw_list, &words, &gumbels, &penalize};
+    return SampleKernels{&scan,       &collect,   &histogram, &collect_bin, &mass_from, &weigh,
+                         &draw_range, &draw_list, &words,     &gumbels,     &penalize};
   }
 };
 
