@@ -2,21 +2,10 @@
 
 import torch
 
+from .. import _C
 from ..dtypes import CODES
 
-try:
-    from .. import _C
-except ImportError as error:
-    _C = None
-    _MISSING: str | None = f"the compiled extension is missing ({error}); build it with `pip install -e .`"
-else:
-    _MISSING = None
-
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
-
-
-def why_unavailable() -> str | None:
-    return _MISSING
 
 
 def paged_attention(
