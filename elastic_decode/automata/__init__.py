@@ -39,6 +39,7 @@ from elastic_decode.vocabulary import Vocabulary
 __all__ = ["CompiledProgram", "compile"]
 
 MAX_PATTERNS = 31  # bits of a match word
+_LONGEST_TAIL = 256  # tokens of a prompt that may be part of a delimiter
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,14 @@ class CompiledProgram:
     def bound(self) -> int | None:
         """The most tokens, sampled and forced, an output can have, at most max_new; None = no limit."""
         return self._most
+
+    def start_state(self, prompt_ids: Sequence[int]) -> int:
+        """The automaton's state with which an output begins behind this prompt.
+
+        Not 0 where the prompt has begun a close (gpt-oss's generation prompt is the first part of it) or ends
+        in what `unless_after` asks for: what is forced then goes on from there.
+        """
+        return self.walk(prompt_ids[-_LONGEST_TAIL:])
 
     def walk(self, token_ids: Iterable[int], state: int = 0) -> int:
         """The automaton's state after these sampled tokens: where a fork resumes, or how a prompt's tail

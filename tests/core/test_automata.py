@@ -256,3 +256,19 @@ def test_what_cannot_be_compiled_says_why(made):
         compiled(
             budgets.elastic(5, 5), Delimiters(None, Marker((0,), "</think>"), (5,)), [*bare[:-1], b"<"], size
         )
+
+
+def test_a_prompt_may_have_begun_the_close(made):
+    tokenizer = made.gpt_oss_like()
+    delimiters = resolve(tokenizer)
+    program = budgets.elastic(5, 5).program(delimiters)
+    compiled = automata.compile(program, delimiters, None, len(tokenizer), max_new=100)
+    prompt = tokenizer.encode("<|start|>user<|message|>so<|end|><|start|>assistant", add_special_tokens=False)
+    final = tokenizer.convert_tokens_to_ids(["<|channel|>", "final", "<|message|>"])
+    assert inject(compiled, 0, compiled.start_state(prompt)) == final
+    # So an answer without any thinking is seen to be one.
+    state = compiled.walk(final[:-1], compiled.start_state(prompt))
+    automaton = compiled._tables.automaton
+    assert automaton.match[state, automaton.class_of[final[-1]]] == 1
+    assert compiled.start_state(prompt[:-3]) == 0
+    assert compiled.start_state([]) == 0

@@ -336,6 +336,17 @@ def test_budget_forcing_waits_then_lets_the_close_pass(runs):
     assert (out.sampled(THINK), out.sampled(SOLVE)) == (4, 2)
 
 
+def test_open_thinking_leaves_room_for_the_waits_too(runs):
+    policy = budgets.budget_forcing(None, 3, 2, wait=[3, 4], final=[4])
+    never = run(runs, policy, [3] * 40, max_new=20)
+    assert never.sampled(THINK) == 20 - 3 - 2 * 2 - 3  # the solution, the waits, newline + close + final
+    always = run(runs, policy, [CLOSE, CLOSE, CLOSE, CLOSE, CLOSE] + [3] * 40, max_new=20)
+    assert always.tokens == [3, 4, 3, 4, CLOSE, 3, 3, 3]
+    late = run(runs, policy, [3] * 8 + [CLOSE, 3, CLOSE, 3] + [3] * 40, max_new=20)
+    assert len(late.tokens) == 20
+    assert (late.sampled(SOLVE), late.finish) == (3, "budget")
+
+
 def test_budget_forcing_announces_the_answer(runs):
     policy = budgets.budget_forcing(2, 1, 2, wait="a", final="b")
     out = run(runs, policy, [3, 4, 9, 9, 9, 3])
