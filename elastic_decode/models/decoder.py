@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import embedding
@@ -30,6 +31,19 @@ class ForwardBatch:
     query_start: torch.Tensor
 
 
+class _Buffers(NamedTuple):
+    """What the operators of a forward pass write; every layer writes the same ones again."""
+
+    normed: torch.Tensor
+    qkv: torch.Tensor
+    query: torch.Tensor
+    attended: torch.Tensor
+    attended_rows: torch.Tensor  # the same memory as [T, heads * head_dim]
+    projected: torch.Tensor
+    gate_up: torch.Tensor
+    activated: torch.Tensor
+
+
 class Decoder:
     """Runs `weights` on the kernels of one backend. Checks nothing: the engine builds well-formed batches."""
 
@@ -46,6 +60,13 @@ class Decoder:
         self._rope = registry.implementation("rope", backend)
         self._attention = registry.implementation("paged_attention", backend)
         self._silu_mul = registry.implementation("silu_mul", backend)
+        next_norms = [layer.input_norm for layer in weights.layers[1:]]
+        self._plan = list(zip(weights.layers, config.sliding_window, [*next_norms, None], strict=True))
+        self._reuse = (
+            weights.device.type == "cpu"
+        )  # on a GPU the allocator does, also within a captured graph
+        self._largest: _Buffers | None = None
+        self._sliced: dict[int, _Buffers] = {}
 
     @torch.no_grad()
     def forward(
@@ -60,22 +81,24 @@ class Decoder:
 
         input_ids: int32 [T]. kv_pages: a (keys, values) pair a layer, each [pages, page_size, kv heads,
         head_dim], written at `slot_mapping`. rows: int32 indices of the tokens whose hidden states are
-        wanted; None is all.
+        wanted; None is all. The result is the caller's own; nothing here keeps it.
         """
-        config, linear, norm = self.config, self._linear, self._rms_norm
+        config, linear, norm, silu_mul = self.config, self._linear, self._rms_norm, self._silu_mul
+        rope, attention, cos_sin = self._rope, self._attention, self.cos_sin
         heads, kv_heads, eps = config.num_heads, config.num_kv_heads, config.rms_norm_eps
         scale = config.head_dim**-0.5
         positions, slot_mapping = batch.positions, batch.slot_mapping
-        last = config.num_layers - 1
+        page_table, seq_lens, query_start = batch.page_table, batch.seq_lens, batch.query_start
+        normed, qkv, query, attended, attended_rows, projected, gate_up, activated = self._buffers(
+            len(input_ids)
+        )
         residual = embedding(input_ids, self.weights.embed)
-        hidden = norm(residual, self.weights.layers[0].input_norm, eps)
-        for index, layer in enumerate(self.weights.layers):
-            keys, values = kv_pages[index]
-            if index:
-                hidden = norm(hidden, layer.input_norm, eps, residual=residual)
-            query = self._rope(
-                linear(hidden, layer.qkv, layer.qkv_bias),
-                self.cos_sin,
+        norm(residual, self.weights.layers[0].input_norm, eps, out=normed)
+        for (layer, window, next_norm), (keys, values) in zip(self._plan, kv_pages, strict=True):
+            linear(normed, layer.qkv, layer.qkv_bias, out=qkv)
+            rope(
+                qkv,
+                cos_sin,
                 positions,
                 slot_mapping,
                 keys,
@@ -85,27 +108,61 @@ class Decoder:
                 q_weight=layer.q_norm,
                 k_weight=layer.k_norm,
                 eps=eps,
+                out=query,
             )
-            attended = self._attention(
+            attention(
                 query,
                 keys,
                 values,
-                batch.page_table,
-                batch.seq_lens,
-                batch.query_start,
+                page_table,
+                seq_lens,
+                query_start,
                 scale=scale,
-                window=config.sliding_window[index],
-            ).flatten(1)
-            if index == last and rows is not None:
+                window=window,
+                out=attended,
+            )
+            if next_norm is None and rows is not None:
                 # Past the last attention a token needs no other token: only the wanted ones go on.
-                attended, residual = attended.index_select(0, rows), residual.index_select(0, rows)
-            hidden = linear(attended, layer.o, layer.o_bias)
-            hidden = norm(hidden, layer.post_norm, eps, residual=residual)
-            hidden = self._silu_mul(linear(hidden, layer.gate_up, layer.gate_up_bias))
-            hidden = linear(hidden, layer.down, layer.down_bias)
-        return norm(hidden, self.weights.final_norm, eps, residual=residual)
+                attended_rows, residual = attended_rows.index_select(0, rows), residual.index_select(0, rows)
+                normed, _, _, _, _, projected, gate_up, activated = self._buffers(len(rows))
+            linear(attended_rows, layer.o, layer.o_bias, out=projected)
+            norm(projected, layer.post_norm, eps, residual=residual, out=normed)
+            linear(normed, layer.gate_up, layer.gate_up_bias, out=gate_up)
+            silu_mul(gate_up, out=activated)
+            linear(activated, layer.down, layer.down_bias, out=projected)
+            if next_norm is not None:
+                norm(projected, next_norm, eps, residual=residual, out=normed)
+        result: torch.Tensor = norm(projected, self.weights.final_norm, eps, residual=residual)
+        return result
 
     @torch.no_grad()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 [R, vocab_size] of `hidden` [R, hidden] as `forward` returns it."""
-        return self._linear(hidden, self.weights.lm_head, out_dtype=torch.float32)
+    def logits(self, hidden: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """float32 [R, vocab_size] of `hidden` [R, hidden] as `forward` returns it; into `out` where given."""
+        result: torch.Tensor = self._linear(hidden, self.weights.lm_head, out=out, out_dtype=torch.float32)
+        return result
+
+    def _buffers(self, tokens: int) -> _Buffers:
+        """Buffers of `tokens` rows: on the CPU the first rows of the largest so far, else new ones."""
+        if not self._reuse:
+            return self._allocate(tokens)
+        found = self._sliced.get(tokens)
+        if found is None:
+            if self._largest is None or tokens > len(self._largest.normed):
+                self._largest = self._allocate(tokens)
+                self._sliced.clear()
+            found = self._sliced[tokens] = _Buffers(*(buffer[:tokens] for buffer in self._largest))
+        return found
+
+    def _allocate(self, tokens: int) -> _Buffers:
+        c, embed = self.config, self.weights.embed
+        attended = embed.new_empty(tokens, c.num_heads, c.head_dim)
+        return _Buffers(
+            normed=embed.new_empty(tokens, c.hidden_size),
+            qkv=embed.new_empty(tokens, c.qkv_rows),
+            query=torch.empty_like(attended),
+            attended=attended,
+            attended_rows=attended.view(tokens, c.num_heads * c.head_dim),
+            projected=embed.new_empty(tokens, c.hidden_size),
+            gate_up=embed.new_empty(tokens, 2 * c.intermediate_size),
+            activated=embed.new_empty(tokens, c.intermediate_size),
+        )

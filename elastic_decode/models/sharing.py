@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from dataclasses import replace
 
 import torch
 
@@ -18,45 +19,46 @@ from elastic_decode.models.layout import (
     outer_layout,
 )
 
+_Owner = dict[str, torch.nn.Parameter | None]  # a module's own parameters by their last name
+
 
 class SharedWeights:
     """Weights tied to a module. `weights`: the decoder's. `shared`: nothing had to be copied."""
 
-    def __init__(self, module: torch.nn.Module, weights: Weights, targets: dict[str, torch.Tensor]) -> None:
+    def __init__(
+        self, module: torch.nn.Module, weights: Weights, targets: dict[str, torch.Tensor], tied: bool
+    ) -> None:
         self.weights = weights
-        self._owners = [
-            (name, module.get_submodule(name.rpartition(".")[0])._parameters, name.rpartition(".")[2])
-            for name in targets
-        ]
         # A child replaced as a whole takes its parameters along, so the path to each owner is checked too.
         self._links = [
-            (parent._modules, key, child, path)
+            (parent._modules, key, child, f"{path}.{key}" if path else key)
             for path, parent in module.named_modules()
             for key, child in parent.named_children()
         ]
-        self._shared: list[tuple[str, dict[str, torch.nn.Parameter | None], str, int]] = []
-        self._copied: list[tuple[str, dict[str, torch.nn.Parameter | None], str, torch.Tensor]] = []
-        for (name, owner, key), target in zip(self._owners, targets.values(), strict=True):
+        self._pointers: list[tuple[str, _Owner, str, int]] = []
+        self._copies: list[tuple[str, _Owner, str, torch.Tensor]] = []
+        for name, target in targets.items():
+            owner, key = _owner(module, name)
             parameter = owner[key]
-            assert parameter is not None
-            if parameter.data_ptr() == target.data_ptr():
-                self._shared.append((name, owner, key, target.data_ptr()))
+            if parameter is not None and parameter.data_ptr() == target.data_ptr():
+                self._pointers.append((name, owner, key, target.data_ptr()))
             else:
-                self._copied.append((name, owner, key, target))
+                self._copies.append((name, owner, key, target))
+        self._tie = (_owner(module, EMBED), _owner(module, LM_HEAD)) if tied else None
 
     @property
     def shared(self) -> bool:
-        return not self._copied
+        return not self._copies
 
     def verify(self) -> None:
         """Raises WeightsRebound naming a parameter that no longer points into the decoder's tensors."""
         for children, key, child, path in self._links:
             if children.get(key) is not child:
                 raise WeightsRebound(
-                    f"module {f'{path}.{key}' if path else key!r} was replaced after the engine shared it; "
+                    f"module {path!r} was replaced after the engine shared its weights; "
                     "make a new engine with Engine.from_model"
                 )
-        for name, owner, key, pointer in self._shared:
+        for name, owner, key, pointer in self._pointers:
             parameter = owner.get(key)
             if parameter is None or parameter.data_ptr() != pointer:
                 raise WeightsRebound(
@@ -64,12 +66,19 @@ class SharedWeights:
                     "(load_state_dict(assign=True), .to() and resize_token_embeddings re-bind parameters); "
                     "copy into parameters in place, or make a new engine with Engine.from_model"
                 )
+        if self._tie is not None:
+            (embed, embed_key), (head, head_key) = self._tie
+            if embed.get(embed_key) is not head.get(head_key):
+                raise WeightsRebound(
+                    f"parameter {LM_HEAD!r} was tied to {EMBED!r} and is no longer; "
+                    "make a new engine with Engine.from_model"
+                )
 
     @torch.no_grad()
     def sync(self) -> None:
         """Takes over the module's present values: a check where shared, one cast copy where not."""
         self.verify()
-        for name, owner, key, target in self._copied:
+        for name, owner, key, target in self._copies:
             parameter = owner.get(key)
             if parameter is None or parameter.shape != target.shape:
                 raise WeightsRebound(
@@ -89,17 +98,13 @@ def share_module(
     UnsupportedModel naming a parameter that is missing, surplus, misshapen or of a kind that cannot be
     shared.
     """
-    device = torch.device(device)
+    device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0", as parameters have it
     parameters = dict(module.named_parameters(remove_duplicate=False))
     tied = LM_HEAD not in parameters or parameters[LM_HEAD] is parameters.get(EMBED)
-    layouts = [
-        [t for t in outer_layout(config) if t.field != "lm_head"],
-        *(layer_layout(config, index) for index in range(config.num_layers)),
-    ]
-    if not tied:
-        layouts[0].append(
-            Fused("lm_head", (config.vocab_size, config.hidden_size), ((LM_HEAD, config.vocab_size),))
-        )
+    config = replace(
+        config, tie_embeddings=tied
+    )  # what the module does counts, not what its configuration says
+    layouts = [outer_layout(config), *(layer_layout(config, index) for index in range(config.num_layers))]
     _check(parameters, layouts, tied)
 
     targets: dict[str, torch.Tensor] = {}
@@ -111,9 +116,19 @@ def share_module(
                 fields[t.field] = _fuse(t, parameters, dtype, device)
                 targets.update(t.views(fields[t.field]))
             groups.append(fields)
-    if tied and LM_HEAD in parameters:
-        targets[LM_HEAD] = targets[EMBED]
-    return SharedWeights(module, assemble(groups[0], groups[1:]), targets)
+    for name, buffer in module.named_buffers():
+        if name.endswith("rotary_emb.inv_freq") and buffer.dtype != torch.float32:
+            warnings.warn(
+                f"{name} of the module is {buffer.dtype}: it rotates by rounded frequencies, the engine "
+                "does not, so their log-probabilities differ. Load with dtype=..., not .to(dtype) or .half()",
+                stacklevel=2,
+            )
+    return SharedWeights(module, assemble(groups[0], groups[1:]), targets, tied and LM_HEAD in parameters)
+
+
+def _owner(module: torch.nn.Module, name: str) -> tuple[_Owner, str]:
+    path, _, key = name.rpartition(".")
+    return module.get_submodule(path)._parameters, key
 
 
 def _check(parameters: dict[str, torch.nn.Parameter], layouts: list[list[Fused]], tied: bool) -> None:
@@ -168,16 +183,4 @@ def _adjacent(parts: list[torch.nn.Parameter], shape: tuple[int, ...]) -> torch.
         if not part.is_contiguous() or not same or part.storage_offset() != offset:
             return None
         offset += part.numel()
-    return (
-        first if len(parts) == 1 else first.as_strided(shape, first.new_empty(shape, device="meta").stride())
-    )
-
-
-def parameter_names(config: ModelConfig) -> Iterator[str]:
-    """The checkpoint names of every parameter, as Hugging Face has them."""
-    for layout in (
-        outer_layout(config),
-        *(layer_layout(config, index) for index in range(config.num_layers)),
-    ):
-        for t in layout:
-            yield from (name for name, _ in t.parts)
+    return first if len(parts) == 1 else first.as_strided(shape, (*shape[1:], 1))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import gc
+import json
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,24 +24,17 @@ SMALL: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
+    "head_dim": 8,
     "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-6,
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
 }
 
 
-@pytest.fixture(autouse=True)
-def _collect() -> Iterator[None]:
-    yield
-    gc.collect()
-
-
 def hf_model(family: str, **changes: Any) -> transformers.PreTrainedModel:
     """A random float32 model with logits of order one, norms and biases away from their trivial start."""
-    kwargs = {**SMALL, **changes}
-    config = transformers.AutoConfig.for_model(family, **kwargs)
+    config = transformers.AutoConfig.for_model(family, **{**SMALL, **changes})
     torch.manual_seed(sum(map(ord, family)))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -50,18 +44,31 @@ def hf_model(family: str, **changes: Any) -> transformers.PreTrainedModel:
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.3)
             elif name == "model.embed_tokens.weight":
-                parameter.normal_(0, 1.0)
+                parameter.normal_(0, 0.3 if config.tie_word_embeddings else 1.0)
             else:
                 parameter.normal_(0, 1.5 / parameter.shape[1] ** 0.5)
     return model.eval()
 
 
+def to_hub_form(folder: Path) -> None:
+    """Rewrites config.json as hub files have it: rope_theta, rope_scaling with `type`, torch_dtype."""
+    config = json.loads((folder / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    kind = rope.pop("rope_type")
+    config["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
+    config["torch_dtype"] = config.pop("dtype")
+    for key in ("layer_types", "transformers_version"):
+        config.pop(key, None)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 class Session:
-    """Rows of one decoder over shuffled pages; `step` computes the next chunk of each row."""
+    """Rows of one decoder over shuffled, NaN-filled pages; `step` computes the next chunk of each row."""
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, rows: int, positions: int, backend: str = "reference"
-    ):
+        self, config: ModelConfig, weights: Weights, backend: str, rows: int = 3, positions: int = 64
+    ) -> None:
         self.decoder = Decoder(config, weights, backend=backend, max_positions=positions)
         pages = -(-positions // PAGE)
         order = torch.randperm(rows * pages, generator=torch.Generator().manual_seed(1))
@@ -78,7 +85,10 @@ class Session:
 
     def step(self, chunks: Sequence[Sequence[int]], last_only: bool = False) -> list[torch.Tensor]:
         """Float32 logits a row, [len(chunk), vocab] or [1, vocab] with `last_only`; empty chunks idle."""
-        ids, positions, slots, starts = [], [], [], [0]
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        starts = [0]
         for row, chunk in enumerate(chunks):
             for position, token in enumerate(chunk, start=self.lengths[row]):
                 ids.append(token)
@@ -99,25 +109,38 @@ class Session:
         counts = [min(len(chunk), 1) if last_only else len(chunk) for chunk in chunks]
         return list(logits.split(counts))
 
+    def greedy(self, prompts: Sequence[Sequence[int]], steps: int) -> list[list[int]]:
+        """`steps` greedy tokens a prompt, decoded as one batch."""
+        output: list[list[int]] = [[] for _ in prompts]
+        chunks: Sequence[Sequence[int]] = prompts
+        for _ in range(steps):
+            tokens = [int(row[-1].argmax()) for row in self.step(chunks, last_only=True)]
+            for row, token in zip(output, tokens, strict=True):
+                row.append(token)
+            chunks = [[token] for token in tokens]
+        return output
 
-def greedy(session: Session, prompts: Sequence[Sequence[int]], steps: int) -> list[list[int]]:
-    """`steps` greedy tokens a prompt, decoded as one batch."""
-    output: list[list[int]] = [[] for _ in prompts]
-    chunks: Sequence[Sequence[int]] = prompts
-    for _ in range(steps):
-        tokens = [int(row[-1].argmax()) for row in session.step(chunks, last_only=True)]
-        for row, token in zip(output, tokens, strict=True):
-            row.append(token)
-        chunks = [[token] for token in tokens]
-    return output
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """These matrices are too small to share: on a busy machine threads would mostly wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model() -> Callable[..., transformers.PreTrainedModel]:
     return hf_model
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def hub_form() -> Callable[[Path], None]:
+    return to_hub_form
+
+
+@pytest.fixture(scope="session")
 def session() -> type[Session]:
     return Session
 
