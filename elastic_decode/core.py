@@ -120,6 +120,7 @@ class Request:
     start_phase: Phase | None = None
     delimiters: Delimiters | None = None
     request_id: str | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
     def __init__(
         self,
@@ -131,6 +132,7 @@ class Request:
         start_phase: Phase | str | None = None,
         delimiters: Delimiters | None = None,
         request_id: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise ConfigError(f"n must be an int >= 1, got {n!r}")
@@ -141,6 +143,7 @@ class Request:
         self.start_phase = None if start_phase is None else Phase(start_phase)
         self.delimiters = delimiters
         self.request_id = request_id
+        self.chat_template_kwargs = chat_template_kwargs
 
 
 @dataclass(frozen=True, slots=True)

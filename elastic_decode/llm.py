@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from elastic_decode.budgets import Policy
 from elastic_decode.config import EngineConfig, ModelConfig
@@ -15,7 +15,7 @@ from elastic_decode.core import Budget, Generation, Request, SamplingParams, Tok
 from elastic_decode.delimiters import Delimiters, resolve
 from elastic_decode.engine.build import build
 from elastic_decode.engine.delivery import Sink
-from elastic_decode.engine.prompts import as_prompt_list
+from elastic_decode.engine.prompts import as_prompt_list, one_each
 from elastic_decode.engine.runner import interrupts_held
 from elastic_decode.engine.sequence import Group
 from elastic_decode.errors import BudgetError, ConfigError, EngineClosed
@@ -25,7 +25,6 @@ from elastic_decode.models.sharing import SharedWeights, share_module
 from elastic_decode.models.weights import choose_dtype, load_checkpoint
 
 AnyBudget = Budget | Policy
-T = TypeVar("T")
 _CLOSED = "this engine is closed; make a new one"
 
 
@@ -64,6 +63,7 @@ class Engine:
             parts.pool,
         )
         self._submitted = Sink()
+        self._orphans: list[Group] = []
         self._ids = itertools.count()
         self._lock = threading.Lock()
         self._closed = False
@@ -213,17 +213,16 @@ class Engine:
             raise BudgetError(f"think_at must be one or more budgets >= 0, got {list(think_at)!r}")
         self._ready()
         listed = as_prompt_list(prompts)
-        params = _one_each("sampling", sampling, SamplingParams(), SamplingParams, len(listed))
+        params = one_each("sampling", sampling, SamplingParams(), SamplingParams, len(listed))
         sink = Sink()
         groups = [
             self._intake.fork(
-                Request(prompt, sampling=params[index]),
+                Request(prompt, sampling=params[index], chat_template_kwargs=chat_template_kwargs),
                 think_at=budgets,
                 solve=solve,
                 request_id=self._new_id(),
                 index=index,
                 sink=sink,
-                template_kwargs=chat_template_kwargs,
             )
             for index, prompt in enumerate(listed)
         ]
@@ -372,16 +371,21 @@ class Engine:
     ) -> list[Group]:
         self._ready()
         listed = as_prompt_list(prompts)
-        budgets = _one_each("budget", budget, Budget(), (Budget, Policy), len(listed))
-        params = _one_each("sampling", sampling, SamplingParams(), SamplingParams, len(listed))
+        budgets = one_each("budget", budget, Budget(), (Budget, Policy), len(listed))
+        params = one_each("sampling", sampling, SamplingParams(), SamplingParams, len(listed))
         return [
             self._intake.group(
-                Request(prompt, budget=budgets[index], sampling=params[index], n=n),
+                Request(
+                    prompt,
+                    budget=budgets[index],
+                    sampling=params[index],
+                    n=n,
+                    chat_template_kwargs=template_kwargs,
+                ),
                 request_id=self._new_id(),
                 index=index,
                 sink=sink,
                 streams=streams,
-                template_kwargs=template_kwargs,
             )
             for index, prompt in enumerate(listed)
         ]
@@ -405,10 +409,23 @@ class Engine:
                 with self._working():
                     self._runner.advance()
         finally:
-            if not self._closed:
+            self._let_go(groups)
+
+    def _let_go(self, groups: list[Group]) -> None:
+        """Abort groups whose consumer has gone; at the next chance, where the garbage collector came in
+        mid-step.
+        """
+        self._orphans.extend(groups)
+        if not self._closed and self._lock.acquire(blocking=False):
+            try:
                 with interrupts_held():
-                    for group in groups:
-                        self._runner.abort(group)
+                    self._abort_orphans()
+            finally:
+                self._lock.release()
+
+    def _abort_orphans(self) -> None:
+        while self._orphans:
+            self._runner.abort(self._orphans.pop())
 
     def _new_id(self) -> str:
         return f"request-{next(self._ids)}"
@@ -425,25 +442,7 @@ class Engine:
             raise RuntimeError("the engine is at work in another thread; use it from one thread at a time")
         try:
             with interrupts_held():
+                self._abort_orphans()
                 yield
         finally:
             self._lock.release()
-
-
-def _one_each(name: str, given: Any, default: T, kinds: Any, count: int) -> list[T]:
-    """One value for all prompts, or one a prompt."""
-    if given is None:
-        return [default] * count
-    if isinstance(given, kinds):
-        return [given] * count
-    if not isinstance(given, Sequence) or isinstance(given, str):
-        wanted = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
-        raise ConfigError(f"{name} must be a {wanted}, or a list of one a prompt, got {given!r}")
-    if len(given) != count:
-        raise ConfigError(
-            f"{name} has {len(given)} entries for {count} prompts; give one value, or one a prompt"
-        )
-    for index, value in enumerate(given):
-        if not isinstance(value, kinds):
-            raise ConfigError(f"{name}[{index}] is {value!r}, which is no {name}")
-    return list(given)

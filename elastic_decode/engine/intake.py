@@ -5,7 +5,7 @@ refused here.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -70,12 +70,11 @@ class Intake:
         index: int,
         sink: Any,
         streams: bool,
-        template_kwargs: Mapping[str, Any] | None = None,
     ) -> Group:
         """A group of `request.n` samples. Raises ConfigError, BudgetError or CapacityError, naming what
         cannot be.
         """
-        group = self._empty_group(request, request_id, index, sink, streams, template_kwargs)
+        group = self._empty_group(request, request_id, index, sink, streams)
         program = self._compile(request.budget, group)
         for sample in range(request.n):
             group.sequences.append(self._sample(group, sample, program))
@@ -93,10 +92,9 @@ class Intake:
         request_id: str,
         index: int,
         sink: Any,
-        template_kwargs: Mapping[str, Any] | None = None,
     ) -> Group:
         """A group that thinks once, up to the largest budget, and branches at every smaller one."""
-        group = self._empty_group(request, request_id, index, sink, False, template_kwargs)
+        group = self._empty_group(request, request_id, index, sink, False)
         group.think_at = tuple(think_at)
         largest = max(think_at)
         root = self._sample(group, 0, self._compile(Budget(think=largest, solve=solve), group))
@@ -144,7 +142,6 @@ class Intake:
         index: int,
         sink: Any,
         streams: bool,
-        template_kwargs: Mapping[str, Any] | None,
     ) -> Group:
         delimiters = request.delimiters or self._delimiters
         prompt_ids, phase = encode_prompt(
@@ -153,7 +150,7 @@ class Intake:
             delimiters,
             vocab_size=self._vocab_size,
             vocabulary=self._vocabulary,
-            template_kwargs=template_kwargs,
+            template_kwargs=request.chat_template_kwargs,
         )
         if len(prompt_ids) >= self._max_model_len:
             raise CapacityError(

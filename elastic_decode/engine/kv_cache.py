@@ -185,8 +185,17 @@ def plan_pages(
             "kv_memory"
         )
     holds = num_pages * page_size
+    rope = config.rope
+    reach = config.max_position_embeddings
+    if rope.type != "default":
+        reach = max(reach, int(rope.original_length * rope.factor))
     if max_model_len is None:
-        max_model_len = min(config.max_position_embeddings, holds)
+        max_model_len = min(reach, holds)
+    elif max_model_len > reach:
+        raise ConfigError(
+            f"max_model_len={max_model_len} is more than the {reach} positions the model was made for "
+            f"(max_position_embeddings, rope type {rope.type}); lower it, or extend rope in config.json"
+        )
     elif max_model_len > holds:
         raise ConfigError(
             f"max_model_len={max_model_len} needs {-(-max_model_len // page_size)} KV pages for one "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from elastic_decode.core import Phase, Prompt
 from elastic_decode.delimiters import Delimiters, start_phase
 from elastic_decode.errors import ConfigError
 from elastic_decode.vocabulary import Vocabulary
+
+T = TypeVar("T")
 
 
 def _is_ids(value: Any) -> bool:
@@ -47,6 +49,25 @@ def as_prompt_list(prompts: Any) -> list[Prompt]:
             )
         listed.append(prompt)
     return listed
+
+
+def one_each(name: str, given: Any, default: T, kinds: Any, count: int) -> list[T]:
+    """One value for all prompts, or one a prompt."""
+    if given is None:
+        return [default] * count
+    if isinstance(given, kinds):
+        return [given] * count
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        wanted = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+        raise ConfigError(f"{name} must be a {wanted}, or a list of one a prompt, got {given!r}")
+    if len(given) != count:
+        raise ConfigError(
+            f"{name} has {len(given)} entries for {count} prompts; give one value, or one a prompt"
+        )
+    for index, value in enumerate(given):
+        if not isinstance(value, kinds):
+            raise ConfigError(f"{name}[{index}] is {value!r}, which is no {name}")
+    return list(given)
 
 
 def _chat_ids(
