@@ -56,7 +56,8 @@ def measure(
     engine: Any, problems: list[countdown.Problem], budget: int | None, sampling: SamplingParams, tick: Any
 ) -> Row:
     """Decode every problem once under `budget` and grade the solutions."""
-    right = think = solve = forced = tokens = 0
+    right = 0.0
+    think = solve = forced = tokens = 0
     started = time.perf_counter()
     rollout = engine.rollout(
         [problem.chat for problem in problems], budget=Budget(think=budget, solve=SOLVE), sampling=sampling

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -22,10 +22,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from elastic_decode.budgets import Policy
 from elastic_decode.cli import options, screen
 from elastic_decode.core import Budget, Completion, Generation, Phase, SamplingParams, TokenEvent
 from elastic_decode.errors import ConfigError
+
+if TYPE_CHECKING:
+    from elastic_decode.budgets import Policy
 
 _EPILOG = r"""\ examples: elastic-decode generate tiny -p "4 4 8 = 24" --think 15 --solve 8 elastic-decode
 generate Qwen/Qwen3-0.6B --chat -p "Why is the sky blue?" --think 256 --solve 256 --temperature 0.6
@@ -91,7 +93,7 @@ def _jobs(arguments: argparse.Namespace) -> list[Job]:
     policy, sampling = options.policy_of(arguments), options.sampling_of(arguments)
     if arguments.system is not None and not arguments.chat:
         raise ConfigError("--system goes with --chat")
-    jobs = []
+    jobs: list[Job] = []
     for text in arguments.prompt:
         prompt: Any = text
         if arguments.chat:

@@ -7,14 +7,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from elastic_decode import budgets
 from elastic_decode.assets import tiny_model_path
-from elastic_decode.budgets import Policy
 from elastic_decode.config import EngineConfig
 from elastic_decode.core import SamplingParams
 from elastic_decode.errors import ConfigError
+
+if TYPE_CHECKING:
+    from elastic_decode.budgets import Policy
 
 POLICIES = ("elastic", "truncate", "budget-forcing", "soft-landing", "wrap-up", "no-thinking")
 
@@ -85,6 +86,8 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
 
 def policy_of(arguments: argparse.Namespace) -> Policy:
     """The policy the flags describe. Raises ConfigError for flags that the chosen policy would ignore."""
+    from elastic_decode import budgets  # imports torch: not for --help
+
     name, think, solve = arguments.policy, arguments.think, arguments.solve
     if arguments.total is not None and name != "truncate":
         raise ConfigError(f"--total belongs to --policy truncate; {name} takes --think and --solve")

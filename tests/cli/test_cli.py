@@ -1,0 +1,233 @@
+"""The command line, run in this process on the bundled model."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from elastic_decode.assets import tiny_model_path
+from elastic_decode.cli import main
+
+FAST = ["--dtype", "float32", "--max-model-len", "128", "--kv-memory", "16MiB"]
+
+
+@pytest.fixture
+def run(capsys):
+    """`run(*arguments)` -> (exit code, standard output, standard error)."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        try:
+            code = main([str(a) for a in arguments])
+        except SystemExit as error:
+            code = int(error.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def records(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_generate_streams_text_and_sums_up(run):
+    code, out, _ = run(
+        "generate", "tiny", "--chat", "-p", "3 5 2 = 16", "--think", 5, "--solve", 4, "--seed", 1, *FAST
+    )
+    assert code == 0
+    assert "</think>" in out
+    assert "5 thinking" in out
+    assert "1 forced" in out
+
+
+def test_generate_shows_samples_in_order(run):
+    code, out, _ = run(
+        "generate",
+        "tiny",
+        "--chat",
+        "-p",
+        "3 5 2 = 16",
+        "-p",
+        "1 1 1 = 3",
+        "-n",
+        2,
+        "--think",
+        5,
+        "--solve",
+        4,
+        *FAST,
+    )
+    assert code == 0
+    heads = [line.strip("─ ") for line in out.splitlines() if "sample" in line]
+    assert heads == [f"prompt {p}, sample {s}" for p in (0, 1) for s in (0, 1)]
+
+
+def test_jsonl_in_and_out_with_overrides(run, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [
+        {"id": "a", "prompt": "3 5 2 = 16", "think": 0},
+        {"id": "b", "messages": [{"role": "user", "content": "3 5 2 = 16"}], "seed": 4},
+        {"prompt": [5, 6, 7], "solve": 1},
+    ]
+    source.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    code, _, _ = run(
+        "generate",
+        "tiny",
+        "-i",
+        source,
+        "-o",
+        target,
+        "--think",
+        5,
+        "--solve",
+        3,
+        "-n",
+        2,
+        "--seed",
+        9,
+        "--tokens",
+        *FAST,
+    )
+    assert code == 0
+    found = {record["id"]: record for record in records(target.read_text())}
+    assert set(found) == {"a", "b", 2}
+    for record in found.values():
+        assert len(record["completions"]) == 2
+    first = found["a"]["completions"][0]
+    assert (first["think_tokens"], first["think_end"], first["forced"][0], first["phases"][0]) == (
+        0,
+        "forced",
+        True,
+        "think",
+    )
+    assert {c["seed"] for c in found["b"]["completions"]} == {4}
+    assert all(c["solve_tokens"] <= 1 for c in found[2]["completions"])
+    code, _, err = run("generate", "tiny", "-i", source, "-o", target, *FAST)
+    assert code == 1
+    assert "--overwrite" in err
+    assert {record["id"] for record in records(target.read_text())} == {"a", "b", 2}, "nothing was lost"
+
+
+def test_jsonl_from_standard_input(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"prompt": "1 1 1 = 3"}\n'))
+    code, out, _ = run("generate", "tiny", "-i", "-", "--jsonl", "--think", 5, "--solve", 3, *FAST)
+    assert code == 0
+    (record,) = records(out)
+    assert record["prompt"] == "1 1 1 = 3"
+
+
+@pytest.mark.parametrize(
+    ("flags", "check"),
+    [
+        (["--policy", "truncate", "--total", "6"], lambda c: c["think_tokens"] + c["solve_tokens"] <= 6),
+        (["--policy", "no-thinking", "--solve", "3"], lambda c: c["think_tokens"] == 0),
+        (
+            ["--policy", "budget-forcing", "--think", "9", "--solve", "3", "--wait", "check"],
+            lambda c: c["think_tokens"] <= 9,
+        ),
+        (
+            ["--policy", "soft-landing", "--think", "4", "--grace", "2", "--solve", "3"],
+            lambda c: c["think_tokens"] <= 6,
+        ),
+        (
+            ["--policy", "wrap-up", "--think", "4", "--text", "ok", "--solve", "3"],
+            lambda c: c["think_tokens"] <= 4,
+        ),
+    ],
+)
+def test_every_policy_by_name(run, flags, check):
+    code, out, err = run("generate", "tiny", "--chat", "-p", "3 5 2 = 16", "--jsonl", *flags, *FAST)
+    assert code == 0, err
+    assert check(records(out)[0]["completions"][0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["generate", "no/such/folder/here", "-p", "x"], 1, "no/such/folder"),
+        (["generate", "tiny"], 1, "nothing to do"),
+        (["generate", "tiny", "-i", "missing.jsonl"], 1, "missing.jsonl"),
+        (["generate", "tiny", "-p", "x", "--think", "-3"], 2, "--think"),
+        (["generate", "tiny", "-p", "x", "--think", "many"], 2, "none"),
+        (["generate", "tiny", "-p", "x", "--temperature", "-1"], 1, "temperature"),
+        (["generate", "tiny", "-p", "x", "--policy", "truncate", "--think", "4"], 1, "--total"),
+        (["generate", "tiny", "-p", "x", "--policy", "wrap-up"], 1, "--text"),
+        (["generate", "tiny", "-p", "x", "--frobnicate"], 2, "frobnicate"),
+        (["generate", "tiny", "-p", "x", "--kv-memory", "lots"], 1, "kv_memory"),
+        (["generate", "tiny", "-p", "x", "--backend", "quantum"], 1, "quantum"),
+        (["generate", "tiny", "-p", "x", "--think", "100000", "--solve", "5"], 1, "100000"),
+        ([], 2, "COMMAND"),
+    ],
+)
+def test_bad_usage_says_what_is_wrong(run, arguments, code, message):
+    got, _, err = run(*arguments)
+    assert (got, message in err) == (code, True), err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "in.jsonl:2: not a JSON object"),
+        ("[1]", "expected an object"),
+        ('{"prompt": "x", "thinks": 4}', "unknown field 'thinks'"),
+        ('{"id": 4}', "either 'prompt' or 'messages'"),
+        ('{"prompt": "x", "think": -4}', "Budget.think"),
+    ],
+)
+def test_bad_lines_are_named(run, tmp_path, line, message):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "1 1 1 = 3"}\n' + line + "\n")
+    code, _, err = run("generate", "tiny", "-i", source, "-o", tmp_path / "out.jsonl", *FAST)
+    assert code == 1
+    assert message in err
+    assert not (tmp_path / "out.jsonl").exists(), "nothing is written before the input is known to be good"
+
+
+def test_info_tells_backends_and_reasons(run):
+    code, out, _ = run("info", "--json", "--model", "tiny")
+    found = json.loads(out)
+    assert code == 0
+    assert found["backends"]["paged_attention"]["cpu"] is None
+    assert "no cuda implementation" in found["backends"]["linear"]["cuda"]
+    assert found["model"]["think_close"]["text"] == "</think>"
+    code, out, _ = run("info")
+    assert code == 0
+    assert "Kernels" in out
+
+
+def test_help_teaches(run):
+    for arguments in (["--help"], ["generate", "--help"], ["demo", "--help"], ["info", "--help"]):
+        code, out, _ = run(*arguments)
+        assert code == 0
+        assert "usage: elastic-decode" in out
+    assert "examples:" in run("generate", "--help")[1]
+
+
+def test_help_is_quick_because_torch_is_not_imported():
+    code = "import sys, elastic_decode.cli as c; c.parser(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_demo_runs(run):
+    code, out, _ = run("demo", "--problems", 8, "--shown", 1)
+    assert code == 0
+    assert "unlimited" in out
+    assert "forced closes" in out
+
+
+def test_the_console_script_ends_with_the_exit_code():
+    script = Path(sys.executable).parent / "elastic-decode"
+    if not script.exists():
+        pytest.skip("the package is not installed as a script in this environment")
+    done = subprocess.run(
+        [script, "generate", str(tiny_model_path())], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "nothing to do" in done.stderr
