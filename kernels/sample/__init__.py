@@ -211,5 +211,5 @@ def _sample_op(
 
 
 @_sample_op.register_fake
-def _sample_fake(logits, *_args, **_kwargs):  # type: ignore[no-untyped-def]
+def _sample_fake(logits, *_args, **_kwargs):
     return tuple(empty(logits))
