@@ -108,45 +108,45 @@ static void bind_paged_attention(py::module_& m) {
 }
 
 static void bind_sample(py::module_& m) {
-  m.def("sample", [](std::uintptr_t token, std::uintptr_t lse, std::uintptr_t sampling_logprob, std::uintptr_t logits,
-                     std::uintptr_t slots, std::uintptr_t positions, std::int64_t rows, std::int64_t vocab,
-                     std::uintptr_t temperature, std::uintptr_t top_k, std::uintptr_t top_p, std::uintptr_t min_p,
-                     std::uintptr_t seed, std::uintptr_t sample_index, std::uintptr_t repetition,
-                     std::uintptr_t presence, std::uintptr_t frequency, std::uintptr_t ban_until,
-                     std::uintptr_t ban_ids, std::uintptr_t bias_ids, std::uintptr_t bias_values,
-                     std::int64_t num_bans, std::int64_t num_biases, std::uintptr_t output_counts,
-                     std::uintptr_t prompt_mask) {
-    const elastic_decode::SampleArgs args{as<std::int32_t>(token),
-                                          as<float>(lse),
-                                          as<float>(sampling_logprob),
-                                          as<float>(logits),
-                                          as<std::int32_t>(slots),
-                                          as<std::int32_t>(positions),
-                                          rows,
-                                          vocab,
-                                          as<float>(temperature),
-                                          as<std::int32_t>(top_k),
-                                          as<float>(top_p),
-                                          as<float>(min_p),
-                                          as<std::int64_t>(seed),
-                                          as<std::int32_t>(sample_index),
-                                          as<float>(repetition),
-                                          as<float>(presence),
-                                          as<float>(frequency),
-                                          as<std::int32_t>(ban_until),
-                                          as<std::int32_t>(ban_ids),
-                                          as<std::int32_t>(bias_ids),
-                                          as<float>(bias_values),
-                                          num_bans,
-                                          num_biases,
-                                          as<std::int32_t>(output_counts),
-                                          as<std::uint8_t>(prompt_mask)};
-    if (rows * vocab < (1 << 16)) return elastic_decode::sample(args);
-    py::gil_scoped_release release;
-    elastic_decode::sample(args);
-  });
-  m.def("sample_words", [](std::uintptr_t words, std::int64_t count, std::int64_t seed, std::int32_t sample_index,
-                           std::int32_t position) {
+  m.def("sample",
+        [](std::uintptr_t token, std::uintptr_t lse, std::uintptr_t sampling_logprob, std::uintptr_t logits,
+           std::uintptr_t slots, std::uintptr_t positions, std::int64_t rows, std::int64_t vocab,
+           std::uintptr_t temperature, std::uintptr_t top_k, std::uintptr_t top_p, std::uintptr_t min_p,
+           std::uintptr_t seed, std::uintptr_t sample_index, std::uintptr_t repetition,
+           std::uintptr_t presence, std::uintptr_t frequency, std::uintptr_t ban_until,
+           std::uintptr_t ban_ids, std::uintptr_t bias_ids, std::uintptr_t bias_values, std::int64_t num_bans,
+           std::int64_t num_biases, std::uintptr_t output_counts, std::uintptr_t prompt_mask) {
+          const elastic_decode::SampleArgs args{as<std::int32_t>(token),
+                                                as<float>(lse),
+                                                as<float>(sampling_logprob),
+                                                as<float>(logits),
+                                                as<std::int32_t>(slots),
+                                                as<std::int32_t>(positions),
+                                                rows,
+                                                vocab,
+                                                as<float>(temperature),
+                                                as<std::int32_t>(top_k),
+                                                as<float>(top_p),
+                                                as<float>(min_p),
+                                                as<std::int64_t>(seed),
+                                                as<std::int32_t>(sample_index),
+                                                as<float>(repetition),
+                                                as<float>(presence),
+                                                as<float>(frequency),
+                                                as<std::int32_t>(ban_until),
+                                                as<std::int32_t>(ban_ids),
+                                                as<std::int32_t>(bias_ids),
+                                                as<float>(bias_values),
+                                                num_bans,
+                                                num_biases,
+                                                as<std::int32_t>(output_counts),
+                                                as<std::uint8_t>(prompt_mask)};
+          if (rows * vocab < (1 << 16)) return elastic_decode::sample(args);
+          py::gil_scoped_release release;
+          elastic_decode::sample(args);
+        });
+  m.def("sample_words", [](std::uintptr_t words, std::int64_t count, std::int64_t seed,
+                           std::int32_t sample_index, std::int32_t position) {
     elastic_decode::sample_words(as<std::uint32_t>(words), count, seed, sample_index, position);
   });
   m.def("sample_gumbel", [](std::uintptr_t gumbel, std::uintptr_t words, std::int64_t count) {

@@ -99,8 +99,8 @@ struct SampleArgs {
 
 void sample(const SampleArgs& args);
 
-// The random words of ids 0..count at one position, and the Gumbel noise that words become, by the code that sample() uses: for
-// tests. `count` is a multiple of 32.
+// The random words of ids 0..count at one position, and the Gumbel noise that words become, by the code that
+// sample() uses: for tests. `count` is a multiple of 32.
 void sample_words(std::uint32_t* words, std::int64_t count, std::int64_t seed, std::int32_t sample_index,
                   std::int32_t position);
 void sample_gumbel(float* gumbel, const std::uint32_t* words, std::int64_t count);
