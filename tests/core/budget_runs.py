@@ -8,13 +8,43 @@ import torch
 from elastic_decode import automata
 from elastic_decode.budgets import Policy
 from elastic_decode.core import Phase
-from elastic_decode.delimiters import Delimiters
+from elastic_decode.delimiters import Delimiters, Marker
 from elastic_decode.kernels.budget.layout import STATE_WORDS, Finish, Flag, Header, State, ThinkEnd
 from elastic_decode.kernels.budget.reference import Machine
 from elastic_decode.vocabulary import Vocabulary
 
 AT = 5  # where the automaton lies in the pool: not at its start, so that a missing offset shows
 PROMPT = 3
+
+
+# One world whose close is one token, one where it is a sequence and one where it is a text that tokens split.
+EOS, CLOSE, NEWLINE = 0, 1, 2
+TOKENS = [
+    b"<eos>",
+    b"</t>",
+    b"\n",
+    b"a",
+    b"b",
+    b"</",
+    b"t>",
+    b"<",
+    b"/",
+    b"t",
+    b">",
+    b"x</",
+    b">b",
+    b"/t>a",
+    b"\n<",
+    b"b\n",
+]
+WORLDS = {
+    "token": (Vocabulary(TOKENS, excluded=[CLOSE]), Delimiters(None, Marker((CLOSE,)), (EOS,))),
+    "sequence": (Vocabulary(TOKENS), Delimiters(None, Marker((7, 8, 7, 9)), (EOS,))),
+    "text": (
+        Vocabulary([TOKENS[0], b"c", *TOKENS[2:]]),
+        Delimiters(None, Marker((5, 6), "</t>"), (EOS,)),
+    ),
+}
 
 
 @dataclass
