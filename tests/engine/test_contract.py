@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import resource
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -519,14 +522,21 @@ def test_a_request_that_could_never_be_admitted_raises_at_once(scripted):
 # ---- long runs ----
 
 
+def resident_bytes() -> int:
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def test_a_thousand_requests_with_random_aborts_leak_nothing(scripted):
     rng = random.Random(0)
     made = scripted(dots, max_batch=8, kv_memory=256 * 200, max_model_len=60)
     engine = made.engine
     start = engine.stats()["free_pages"]
     live: list[str] = []
-    submitted = finished = 0
+    submitted = finished = resident = 0
     while submitted < 1000 or engine.has_work:
+        if submitted >= 500 and not resident:
+            resident = resident_bytes()
         while submitted < 1000 and len(live) < 20:
             prompt = [rng.randrange(8) for _ in range(rng.randint(1, 20))]
             budget = Budget(think=rng.randint(0, 12), solve=rng.randint(0, 12))
@@ -543,6 +553,7 @@ def test_a_thousand_requests_with_random_aborts_leak_nothing(scripted):
     assert stats["free_pages"] == start == stats["num_pages"]
     assert stats["running"] == stats["waiting"] == stats["reserved_pages"] == 0
     assert finished >= 1000
+    assert resident_bytes() - resident < 8 << 20, "memory is flat over the second half"
     assert len(engine._runner.scheduler._free_slots) == 8
 
 
