@@ -107,11 +107,13 @@ class Machine {
         automata_(automata),
         automaton_(automata + program[Header::AUTOMATON]) {}
 
-  // Begins the program in `start`; TOKEN, POSITION and LIMIT stay as they are. A start without budget has
-  // fired its expiry when this returns: its forced tokens are pending, or FINISH is set.
+  // Begins the program in `start`; TOKEN, POSITION, LIMIT and DFA stay as they are. A start without budget
+  // has fired its expiry when this returns: its forced tokens are pending, or FINISH is set.
   ELASTIC_HOST_DEVICE void enter_start(int32_t start) {
     for (int word = 0; word < STATE_WORDS; ++word) {
-      if (word != State::TOKEN && word != State::POSITION && word != State::LIMIT) state_[word] = 0;
+      const bool kept =
+          word == State::TOKEN || word == State::POSITION || word == State::LIMIT || word == State::DFA;
+      if (!kept) state_[word] = 0;
     }
     if (!is_phase(start)) {
       state_[State::FINISH] = Finish::INVALID;

@@ -144,7 +144,7 @@ class Intake:
         streams: bool,
     ) -> Group:
         delimiters = request.delimiters or self._delimiters
-        prompt_ids, phase = encode_prompt(
+        encoded = encode_prompt(
             self._tokenizer,
             request.prompt,
             delimiters,
@@ -152,6 +152,7 @@ class Intake:
             vocabulary=self._vocabulary,
             template_kwargs=request.chat_template_kwargs,
         )
+        prompt_ids = encoded.ids
         if len(prompt_ids) >= self._max_model_len:
             raise CapacityError(
                 f"the prompt has {len(prompt_ids)} tokens, max_model_len is {self._max_model_len}: no room "
@@ -168,7 +169,8 @@ class Intake:
             sampling=sampling,
             seed=sampling.seed if sampling.seed is not None else random.SystemRandom().getrandbits(63),
             delimiters=delimiters,
-            start_phase=request.start_phase or phase,
+            start_phase=request.start_phase or encoded.phase,
+            tail=encoded.tail,
             ban_ids=tuple(dict.fromkeys((*delimiters.eos_ids, *sampling.stop_token_ids))),
             sink=sink,
             streams=streams,
@@ -200,6 +202,8 @@ class Intake:
         state[State.TOKEN] = group.prompt_ids[-1]
         state[State.POSITION] = prompt_len - 1
         state[State.LIMIT] = self._max_model_len
+        if group.start_phase is Phase.THINK:  # a prompt may have begun the close already, as gpt-oss's does
+            state[State.DFA] = program.start_state(group.tail)
         start = program.start[_LABELS[group.start_phase]]
         self._enter_start(state, program.program_row, program.automaton, start)
         bound = program.bound()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from elastic_decode.core import Phase, Prompt
 from elastic_decode.delimiters import Delimiters, start_phase
@@ -110,6 +110,14 @@ def _chat_ids(
     return encode(text), encode(tail)
 
 
+class Encoded(NamedTuple):
+    """A prompt's token ids, the phase its markers leave it in, and the ids that may have begun a delimiter."""
+
+    ids: list[int]
+    phase: Phase
+    tail: list[int]
+
+
 def encode_prompt(
     tokenizer: Any,
     prompt: Prompt,
@@ -118,7 +126,7 @@ def encode_prompt(
     vocab_size: int,
     vocabulary: Vocabulary,
     template_kwargs: Mapping[str, Any] | None = None,
-) -> tuple[list[int], Phase]:
+) -> Encoded:
     """Token ids of a prompt and the phase its markers leave it in.
 
     Strings get the tokenizer's special tokens, templated chats do not. For ids and strings the last marker
@@ -126,17 +134,14 @@ def encode_prompt(
     user's text opens or closes anything.
     """
     if isinstance(prompt, str):
-        ids = list(tokenizer(prompt)["input_ids"])
-        phase = start_phase(ids, delimiters, vocabulary)
+        ids = tail = list(tokenizer(prompt)["input_ids"])
     elif _is_chat(prompt):
         ids, tail = _chat_ids(tokenizer, prompt, template_kwargs or {})  # type: ignore[arg-type]
-        phase = start_phase(tail, delimiters, vocabulary)
     else:
-        ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+        ids = tail = [int(token) for token in prompt]  # type: ignore[arg-type]
         outside = next((token for token in ids if not 0 <= token < vocab_size), None)
         if outside is not None:
             raise ConfigError(f"prompt token id {outside} is outside the model's vocabulary of {vocab_size}")
-        phase = start_phase(ids, delimiters, vocabulary)
     if not ids:
         raise ConfigError(f"the prompt {prompt!r} has no tokens; there is nothing to continue")
-    return ids, phase
+    return Encoded(ids, start_phase(tail, delimiters, vocabulary), tail)

@@ -94,6 +94,7 @@ class Group:
     seed: int
     delimiters: Delimiters
     start_phase: Phase
+    tail: list[int]  # the prompt's end, as far as it may hold delimiters
     ban_ids: tuple[int, ...]
     sink: Any  # where events or the finished generation go: llm.py
     streams: bool  # whether each token becomes an event with its text

@@ -150,7 +150,8 @@ def enter_start(
 ) -> None:
     """Writes the state with which a row begins its program in `phase`; runs on the host, on CPU tensors.
 
-    state_row int32 [STATE_WORDS]: TOKEN, POSITION and LIMIT are kept, every other word is written.
+    state_row int32 [STATE_WORDS]: TOKEN, POSITION, LIMIT and DFA (where a prompt has begun a pattern) are
+    kept, every other word is written.
     program_row int32 [PROGRAM_WORDS]; automata int32 [any]: the pool that Header.AUTOMATON points into. A
     start phase without budget has fired its expiry afterwards: its forced tokens are pending or, where there
     are none, FINISH is set and the row never emits a token.

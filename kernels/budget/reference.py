@@ -144,7 +144,7 @@ class Machine:
 
     def enter_start(self, start: int) -> None:
         for word in range(STATE_WORDS):
-            if word not in (State.TOKEN, State.POSITION, State.LIMIT):
+            if word not in (State.TOKEN, State.POSITION, State.LIMIT, State.DFA):
                 self.state[word] = 0
         if not 0 <= start < MAX_PHASES:
             self.state[State.FINISH] = Finish.INVALID
