@@ -111,7 +111,7 @@ def _chat_ids(
 
 
 class Encoded(NamedTuple):
-    """A prompt's token ids, the phase its markers leave it in, and the ids that may have begun a delimiter."""
+    """A prompt's ids, the phase its markers leave it in, and the ids that may have begun a delimiter."""
 
     ids: list[int]
     phase: Phase

@@ -207,7 +207,7 @@ def random_program(rng: random.Random, at: int, machine: RandomAutomaton) -> lis
 
 @dataclass(frozen=True)
 class RandomTables:
-    """Tables of `len(starts)` slots; `state` has TOKEN, POSITION and LIMIT only: enter `starts` first."""
+    """Tables of `len(starts)` slots; `state` has TOKEN, POSITION, LIMIT and DFA: enter `starts` first."""
 
     state: torch.Tensor
     programs: torch.Tensor
@@ -244,7 +244,9 @@ def random_tables(rng: random.Random, num_slots: int, num_automata: int = 6) -> 
         machines.append(automata[which])
         position = rng.randrange(100)
         limit = position + rng.choice((2, 5, 1000, 1000, 1000))
-        for word, value in ((State.TOKEN, 1), (State.POSITION, position), (State.LIMIT, limit)):
+        begun = rng.randrange(automata[which].words[AutomatonWord.NUM_STATES]) if rng.random() < 0.2 else 0
+        kept = ((State.TOKEN, 1), (State.POSITION, position), (State.LIMIT, limit), (State.DFA, begun))
+        for word, value in kept:
             state[slot, word] = value
     return RandomTables(
         state,

@@ -317,7 +317,7 @@ GPT_OSS = Delimiters(None, Marker((1, 2, 3, 4)), (EOS,))
 
 
 def test_a_prompt_that_has_begun_the_close_is_gone_on_from(run):
-    """gpt-oss's generation prompt is the first part of its close; an answer may go straight on with the rest."""
+    """gpt-oss's generation prompt is the first part of its close; an answer may go on with the rest."""
     begun = [*PROMPT, 1, 2]
     straight = run([3, 4, ord("x"), EOS], Budget(think=9, solve=5), prompt=begun, delimiters=GPT_OSS)
     assert straight.token_ids == [3, 4, ord("x"), EOS]
