@@ -1,5 +1,6 @@
 """`sample` against its definition, on every backend that runs here."""
 
+import importlib
 import math
 import os
 
@@ -345,7 +346,7 @@ def test_filters_at_their_limits(backend):
 
 def test_ties_at_a_threshold_are_all_kept(backend):
     """Values 3, 2, 2, 2, 1 …: top-k 2 keeps the 3 and every 2; so does top-p just above the mass of the 3."""
-    rows = 60
+    rows = 24
     logits = torch.full((rows, 41), 1.0)
     logits[:, 9] = 3.0
     logits[:, [2, 20, 40]] = 2.0
@@ -533,6 +534,26 @@ def test_random_situations(isa, situation):
     drawn = draw("cpu", logits, table, slots, positions)
     _C.cpu.limit_isa(ISAS["avx512"])
     assert_drawn(drawn, logits, table, slots, positions)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("capacity", [16, 16384])
+def test_many_tiles_in_triton(monkeypatch, capacity):
+    """Small tiles, so that small vocabularies have many; candidates that fit their list and that do not."""
+    module = importlib.import_module("elastic_decode.kernels.sample.triton")
+    monkeypatch.setattr(module, "TILE", 128)
+    monkeypatch.setattr(module, "GROUPS", 8)
+    monkeypatch.setattr(module, "BLOCK", 256)
+    monkeypatch.setattr(module, "CAPACITY", capacity)
+
+    @settings(max_examples=12, deadline=None, derandomize=True, database=None)
+    @given(situations(most_vocab=700))
+    def check(situation):
+        logits, slots, positions, table = situation
+        drawn = draw("triton", logits, table, slots, positions)
+        assert_drawn(drawn, logits, table, slots, positions)
+
+    check()
 
 
 # ---- the public op ----
