@@ -247,7 +247,7 @@ class Engine:
 
     def step(self) -> list[TokenEvent]:
         """Advance everything once; the new events of submitted requests (perhaps none)."""
-        self._ready()
+        self._ready(between_steps=True)
         queue = self._submitted.queue
         if not queue and not self._runner.idle:
             with self._working():
@@ -405,7 +405,7 @@ class Engine:
                     yield item
                 if not sink.open_groups:
                     return
-                self._ready()
+                self._ready(between_steps=True)
                 with self._working():
                     self._runner.advance()
         finally:
@@ -430,11 +430,11 @@ class Engine:
     def _new_id(self) -> str:
         return f"request-{next(self._ids)}"
 
-    def _ready(self) -> None:
+    def _ready(self, *, between_steps: bool = False) -> None:
         if self._closed:
             raise EngineClosed(_CLOSED)
         if self._shared is not None:
-            self._shared.verify()
+            self._shared.verify(modules=not between_steps)
 
     @contextmanager
     def _working(self) -> Iterator[None]:

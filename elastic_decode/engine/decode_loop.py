@@ -42,6 +42,7 @@ class DecodeLoop:
         device = batch.device
         self._arange = torch.arange(batch.num_slots + 1, dtype=torch.int32, device=device)
         self._inputs = torch.zeros((4, batch.num_slots), dtype=torch.int32, device=device)
+        self._logits = torch.empty((0, batch.vocab_size), dtype=torch.float32, device=device)
         self.steps = 0
 
     def prefill(self, chunks: SequenceOf[Chunk]) -> Flight | None:
@@ -126,13 +127,23 @@ class DecodeLoop:
         self._draw(hidden, slots, seq_len)
         self.steps += 1
 
+    def _logits_buffer(self, rows: int) -> torch.Tensor:
+        """float32 [rows, vocab_size], the same memory every step: at a large vocabulary a new one costs page
+        faults.
+        """
+        if len(self._logits) < rows:
+            self._logits = torch.empty(
+                (rows, self._batch.vocab_size), dtype=torch.float32, device=self._batch.device
+            )
+        return self._logits[:rows]
+
     def _draw(self, hidden: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:
         """Hidden states [R, H] of rows `slots` -> a token each, through the budget machine, into the ring.
 
         positions int32 [R]: where the drawn tokens will stand.
         """
         batch, ring = self._batch, self._ring
-        logits = self._decoder.logits(hidden)
+        logits = self._decoder.logits(hidden, out=self._logits_buffer(len(slots)))
         sampled = self._sample(logits, slots, positions, batch.table)
         self._budget_step(
             batch.state,

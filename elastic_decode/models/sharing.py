@@ -50,9 +50,12 @@ class SharedWeights:
     def shared(self) -> bool:
         return not self._copies
 
-    def verify(self) -> None:
-        """Raises WeightsRebound naming a parameter that no longer points into the decoder's tensors."""
-        for children, key, child, path in self._links:
+    def verify(self, *, modules: bool = True) -> None:
+        """Raises WeightsRebound naming a parameter that no longer points into the decoder's tensors.
+
+        modules=False leaves out whether whole submodules were replaced, for checks between two decode steps.
+        """
+        for children, key, child, path in self._links if modules else ():
             if children.get(key) is not child:
                 raise WeightsRebound(
                     f"module {path!r} was replaced after the engine shared its weights; "

@@ -81,8 +81,8 @@ class ScriptedDecoder:
                 hidden[index, : len(seen)] = torch.tensor(seen, dtype=torch.float32)
         return hidden if rows is None else hidden[rows.long()]
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = torch.zeros((len(hidden), self.config.vocab_size))
+    def logits(self, hidden: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        logits = out.zero_()
         for row, values in enumerate(hidden.tolist()):
             history = [int(value) for value in values if value >= 0]
             if not history:
