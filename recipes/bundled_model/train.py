@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from elastic_decode.tasks import countdown
 
@@ -103,8 +103,10 @@ def build_model(args: argparse.Namespace) -> Qwen3ForCausalLM:
         pad_token_id=VOCABULARY.index(PAD),
     )
     model = Qwen3ForCausalLM(config).float()
-    # Only what every reader needs: no sampling defaults, so each library's own hold.
-    model.generation_config.do_sample = None
+    # No sampling defaults: each library's own hold.
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
     return model
 
 
@@ -194,13 +196,16 @@ def save(model: Qwen3ForCausalLM, folder: Path) -> None:
     """Weights, configuration and tokenizer as transformers reads them."""
     model.save_pretrained(folder, safe_serialization=True)
     build_tokenizer().save_pretrained(folder)
-    # One file fewer to keep in step: the template belongs in tokenizer_config.json, where every reader looks.
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["backend"]
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 and 5 both know
+    # The template goes where every reader looks, not into a file of its own.
     template = folder / "chat_template.jinja"
-    if template.exists():
-        config = json.loads((folder / "tokenizer_config.json").read_text())
-        config["chat_template"] = template.read_text()
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        template.unlink()
+    config["chat_template"] = template.read_text()
+    template.unlink()
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    (folder / "model.safetensors").chmod(0o644)
 
 
 def main() -> None:
