@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
 from elastic_decode.errors import CheckpointError
 
@@ -43,7 +43,7 @@ def resolve(name: str | os.PathLike[str], revision: str | None = None) -> Path:
         raise CheckpointError(
             f"{name!r} is no folder and not in the Hugging Face cache, and the hub cannot be reached: {error}"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:  # HTTPError: of the transport, the hub's own errors among them
         raise CheckpointError(f"cannot get {name!r} from the Hugging Face hub: {error}") from error
     return Path(folder)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -48,6 +51,21 @@ class Weights:
     @property
     def device(self) -> torch.device:
         return self.embed.device
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """As `torch.empty`; on a Linux CPU the memory of large tensors asks for huge pages.
+
+    Every decoded token reads all weights once, and address translation takes a share of that: matrices at
+    batch 1 were read 4 to 10 % faster from huge pages (two cores of a virtual machine, bfloat16).
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or size < 4 << 20 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel built without them; ordinary pages then
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class Fused(NamedTuple):

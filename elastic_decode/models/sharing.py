@@ -15,6 +15,7 @@ from elastic_decode.models.layout import (
     Fused,
     Weights,
     assemble,
+    empty,
     layer_layout,
     outer_layout,
 )
@@ -169,7 +170,7 @@ def _fuse(
     agree = [p.dtype == dtype and p.device == device for p in parts]
     if all(agree) and (present := _adjacent(parts, fused.shape)) is not None:
         return present
-    buffer = torch.empty(fused.shape, dtype=dtype, device=device)
+    buffer = empty(fused.shape, dtype, device)
     for (_, view), parameter, shares in zip(fused.views(buffer), parts, agree, strict=True):
         view.copy_(parameter.detach())
         if shares:

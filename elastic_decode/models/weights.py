@@ -17,6 +17,7 @@ from elastic_decode.models.layout import (
     LayerWeights,
     Weights,
     assemble,
+    empty,
     layer_layout,
     outer_layout,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "choose_dtype",
     "load_checkpoint",
     "share_module",
+    "stored_dtype",
 ]
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -50,6 +52,20 @@ def choose_dtype(requested: str, stored: str | None, device: torch.device | str)
             raise ConfigError("dtype 'float16' is not supported on the CPU; use 'bfloat16' or 'float32'")
         name = "bfloat16"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def stored_dtype(folder: str | Path) -> str:
+    """The dtype of the embeddings in the files at `folder`, for a config.json that names none."""
+    path = checkpoint_files(folder).get(EMBED)
+    if path is None:
+        raise CheckpointError(f"{folder} lacks tensor {EMBED!r}")
+    with _open(path) as file:
+        kind = file.get_slice(EMBED).get_dtype()
+    if kind not in _DTYPES:
+        raise UnsupportedModel(
+            f"tensor {EMBED!r} in {path} has dtype {kind}; supported: {', '.join(_DTYPES)}"
+        )
+    return str(_DTYPES[kind]).removeprefix("torch.")
 
 
 def checkpoint_files(folder: str | Path) -> dict[str, Path]:
@@ -101,7 +117,7 @@ def load_checkpoint(
     targets: dict[str, torch.Tensor] = {}
     groups: list[dict[str, torch.Tensor]] = []
     for layout in layouts:
-        fields = {t.field: torch.empty(t.shape, dtype=dtype, device=device) for t in layout}
+        fields = {t.field: empty(t.shape, dtype, device) for t in layout}
         for t in layout:
             targets.update(t.views(fields[t.field]))
         groups.append(fields)

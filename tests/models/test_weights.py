@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from elastic_decode.config import ModelConfig
 from elastic_decode.errors import CheckpointError, ConfigError, UnsupportedModel
 from elastic_decode.models import weights as module
-from elastic_decode.models.weights import choose_dtype, load_checkpoint
+from elastic_decode.models.layout import empty
+from elastic_decode.models.weights import choose_dtype, load_checkpoint, stored_dtype
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 
@@ -78,6 +79,19 @@ def test_dtypes(stored, wanted, folder):
     edit(folder, lambda t: t.update({name: x.to(stored) for name, x in t.items()}))
     stored_rows = load_file(folder / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
     assert torch.equal(load(folder, wanted).layers[1].gate_up[80:], stored_rows.to(wanted))
+    assert stored_dtype(folder) == str(stored).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (1024, 2048), (2**21 + 1,)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_empty(shape, dtype):
+    """Memory of its own, written and freed like any tensor's, whichever pages it lies on."""
+    tensor, other = empty(shape, dtype, "cpu"), empty(shape, dtype, "cpu")
+    assert (tuple(tensor.shape), tensor.dtype, tensor.is_contiguous()) == (shape, dtype, True)
+    tensor.fill_(1)
+    other.fill_(2)
+    assert (tensor == 1).all()
+    assert tensor.data_ptr() % 64 == 0
 
 
 def test_choose_dtype():
