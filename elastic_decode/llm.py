@@ -22,7 +22,7 @@ from elastic_decode.errors import BudgetError, ConfigError, EngineClosed
 from elastic_decode.models import hub
 from elastic_decode.models.layout import Weights
 from elastic_decode.models.sharing import SharedWeights, share_module
-from elastic_decode.models.weights import choose_dtype, load_checkpoint
+from elastic_decode.models.weights import choose_dtype, load_checkpoint, stored_dtype
 
 AnyBudget = Budget | Policy
 _CLOSED = "this engine is closed; make a new one"
@@ -98,7 +98,7 @@ class Engine:
             think_close=think_close,
             eos_ids=eos_ids,
         )
-        dtype = choose_dtype(config.dtype, model.dtype, config.device)
+        dtype = choose_dtype(config.dtype, model.dtype or stored_dtype(folder), config.device)
         weights = load_checkpoint(folder, model, dtype, config.device)
         return cls(
             model, weights, tokenizer, delimiters, config, prefix_cache=config.prefix_cache is not False

@@ -247,7 +247,9 @@ def _spell(text: Text, vocabulary: Vocabulary | None) -> tuple[int, ...]:
     if not text:
         return ()
     assert vocabulary is not None  # compile has asked for it
-    ids = vocabulary.spell(text.encode("utf-8"))
+    data = text.encode("utf-8")
+    # A vocabulary of words has them with the space that goes before: then the text comes with one, too.
+    ids = vocabulary.spell(data) or vocabulary.spell(b" " + data)
     if ids is None:
         raise BudgetError(f"the vocabulary cannot spell {text!r}; pass token ids instead")
     return ids

@@ -107,8 +107,11 @@ def run(arguments: argparse.Namespace) -> int:
             for budget in BUDGETS:
                 bar.update(task, description=f"think <= {_name(budget)}")
                 rows.append(measure(engine, problems, budget, sampling, lambda: bar.advance(task)))
-    table = Table(title=f"{len(problems)} held-out problems, solve <= {SOLVE}", title_justify="left")
-    for column in ("think budget", "accuracy", "think tokens", "solve tokens", "forced closes", "tokens/s"):
+    table = Table(
+        title=f"{len(problems)} held-out problems, solve <= {SOLVE}; think and solve: mean tokens",
+        title_justify="left",
+    )
+    for column in ("budget", "accuracy", "think", "solve", "forced", "tokens/s"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(

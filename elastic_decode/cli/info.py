@@ -42,7 +42,7 @@ def _version(package: str) -> str | None:
 def _instruction_set() -> str | None:
     from elastic_decode.kernels import _C
 
-    return _C.cpu.isa()
+    return _C.cpu.isa().name
 
 
 def collect(model: str | None) -> dict[str, Any]:
