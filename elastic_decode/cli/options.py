@@ -79,6 +79,12 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
         "--final", default="Final Answer:", metavar="TEXT", help="budget-forcing: what opens the solution"
     )
     group.add_argument(
+        "--newline",
+        default="\n",
+        metavar="TEXT",
+        help="budget-forcing: what stands before a forced close (default: a newline; '' for none)",
+    )
+    group.add_argument(
         "--grace", type=int, default=64, metavar="N", help="soft-landing: tokens to find a newline in"
     )
     group.add_argument("--text", default=None, metavar="TEXT", help="wrap-up: the sentence before the close")
@@ -103,7 +109,12 @@ def policy_of(arguments: argparse.Namespace) -> Policy:
         "elastic": lambda: budgets.elastic(think, solve),
         "truncate": lambda: budgets.truncate(arguments.total),
         "budget-forcing": lambda: budgets.budget_forcing(
-            think, solve, arguments.waits, wait=arguments.wait, final=arguments.final
+            think,
+            solve,
+            arguments.waits,
+            wait=arguments.wait,
+            final=arguments.final,
+            newline=arguments.newline,
         ),
         "soft-landing": lambda: budgets.soft_landing(think, arguments.grace, solve),
         "wrap-up": lambda: budgets.wrap_up(think, arguments.text, solve),

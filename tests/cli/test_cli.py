@@ -127,7 +127,19 @@ def test_jsonl_from_standard_input(run, monkeypatch):
         (["--policy", "truncate", "--total", "6"], lambda c: c["think_tokens"] + c["solve_tokens"] <= 6),
         (["--policy", "no-thinking", "--solve", "3"], lambda c: c["think_tokens"] == 0),
         (
-            ["--policy", "budget-forcing", "--think", "9", "--solve", "3", "--wait", "check", "--final", ""],
+            [
+                "--policy",
+                "budget-forcing",
+                "--think",
+                "9",
+                "--solve",
+                "3",
+                "--wait",
+                "check",
+                "--newline=",
+                "--final",
+                "",
+            ],
             lambda c: c["think_tokens"] <= 9,
         ),
         (
