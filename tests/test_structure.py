@@ -72,3 +72,14 @@ def test_links_and_commands_of_documents(document: Path):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for command in re.findall(r"`make ([a-z-]+)", text):
         assert command in targets, f"{document.name} names `make {command}`"
+
+
+def test_the_table_of_kernels_says_what_there_is():
+    rows = re.findall(
+        r"^\| `(\w+)` \|[^|]*\|([^\n]*)\|$", (ROOT / "docs" / "kernels.md").read_text(), re.MULTILINE
+    )
+    said = {op: [cell.strip() == "yes" for cell in cells.split("|")] for op, cells in rows}
+    backends = ("reference", "cpu", "triton", "cuda")
+    ops = sorted(folder for folder in (ROOT / "kernels").iterdir() if (folder / "reference.py").exists())
+    there = {op.name: [(op / f"{backend}.py").exists() for backend in backends] for op in ops}
+    assert said == there
