@@ -6,6 +6,12 @@ import pytest
 import torch
 
 
+def pytest_configure() -> None:
+    # Tests work on small tensors, where a second thread costs more than it gives; on a busy machine, far more.
+    # Those that are about threads set their number themselves.
+    torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="no CUDA device")
     not_interpreted = pytest.mark.skip(reason="needs TRITON_INTERPRET=1, in a process of its own")

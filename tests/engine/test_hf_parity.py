@@ -14,7 +14,7 @@ import transformers
 from elastic_decode import Budget, Engine, EngineConfig, SamplingParams, budgets
 
 EOS, VOCAB = 256, 300
-NEW = 14
+NEW = 24
 NEAR_TIE = 1e-4
 # More than one EOS id, as many real checkpoints have: random models would seldom hit a single one.
 EOS_IDS = [EOS, *range(262, 282)]
