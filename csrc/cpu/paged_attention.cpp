@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__aarch64__)
 #include <arm_neon.h>
@@ -24,7 +25,9 @@ namespace generic {
 #define ELASTIC_LANES 128
 #define ELASTIC_PAIRS 0
 #include "cpu/paged_attention_lanes.h"
-// clang-format keeps the order: the kernel is written on the lanes
+// in this order, which this line keeps
+#include "cpu/paged_attention_products.h"
+// likewise
 #include "cpu/paged_attention_kernel.h"
 }  // namespace generic
 

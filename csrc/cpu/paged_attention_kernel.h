@@ -1,96 +1,22 @@
-// The attention kernel, written on Lanes. Included inside a namespace and a target region, once for each
-// instruction set, after paged_attention_lanes.h; hence no include guard. ELASTIC_PAIRS is 1 where bfloat16
-// dot products of pairs exist.
-//
-// A product runs over "units": one float, or with pairs (bfloat16 q and cache) one 32-bit word of two
-// bfloat16. Operands are packed so that a unit of sixteen keys (scores) or of sixteen output elements
-// (values) is one Lanes, and a unit of a row is broadcast.
-
-// acc + a * b a lane, or acc + a.low * b.low + a.high * b.high where the words are pairs.
-template <bool kPairs>
-ELASTIC_INLINE Lanes accumulate(Lanes acc, Lanes a, Lanes b) {
-#if ELASTIC_PAIRS
-  if constexpr (kPairs) return dot_pairs(acc, a, b);
-#endif
-  return mul_add(a, b, acc);
-}
-
-// scores[r, key] = scale * q[r] . k[key] for kRows rows and kBlocks blocks of sixteen keys; k is [kBlocks,
-// units, 16]. A chain of rounding errors grows with its length: chains of kChain units are summed.
-template <bool kPairs, int kRows, int kBlocks>
-void score_rows(const float* q, int q_stride, const float* k, int units, float scale, float* scores) {
-  constexpr int kChain = 64;
-  for (int begin = 0; begin < units; begin += kChain) {
-    const int end = begin + kChain < units ? begin + kChain : units;
-    Lanes acc[kRows][kBlocks];
-    for (int r = 0; r < kRows; ++r) {
-      for (int b = 0; b < kBlocks; ++b) acc[r][b] = splat(0.0f);
-    }
-    for (int u = begin; u < end; ++u) {
-      Lanes block[kBlocks];
-      for (int b = 0; b < kBlocks; ++b) block[b] = load(k + (b * units + u) * kLanes);
-      for (int r = 0; r < kRows; ++r) {
-        const Lanes x = splat(q[r * q_stride + u]);
-        for (int b = 0; b < kBlocks; ++b) acc[r][b] = accumulate<kPairs>(acc[r][b], x, block[b]);
-      }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      for (int b = 0; b < kBlocks; ++b) {
-        float* to = scores + r * kSplit + b * kLanes;
-        if (begin > 0) acc[r][b] = add(load(to), acc[r][b]);
-        store(to, end == units ? mul(acc[r][b], splat(scale)) : acc[r][b]);
-      }
-    }
-  }
-}
-
-// out[r, :] += sum over units of weights[r, u] * v[u, :] for kRows rows and kBlocks blocks of sixteen
-// elements; v is [units, v_stride].
-template <bool kPairs, int kRows, int kBlocks>
-void weigh_rows(const float* weights, const float* v, int v_stride, int units, float* out, int out_stride) {
-  Lanes acc[kRows][kBlocks];
-  for (int r = 0; r < kRows; ++r) {
-    for (int b = 0; b < kBlocks; ++b) acc[r][b] = load(out + r * out_stride + b * kLanes);
-  }
-  for (int u = 0; u < units; ++u) {
-    Lanes block[kBlocks];
-    for (int b = 0; b < kBlocks; ++b) block[b] = load(v + u * v_stride + b * kLanes);
-    for (int r = 0; r < kRows; ++r) {
-      const Lanes x = splat(weights[r * kSplit + u]);
-      for (int b = 0; b < kBlocks; ++b) acc[r][b] = accumulate<kPairs>(acc[r][b], x, block[b]);
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int b = 0; b < kBlocks; ++b) store(out + r * out_stride + b * kLanes, acc[r][b]);
-  }
-}
-
-// f(std::integral_constant<int, n>) for 1 <= n <= kRowsAtOnce.
-template <int kRows = kRowsAtOnce, class F>
-ELASTIC_INLINE void with_rows(int rows, F f) {
-  if constexpr (kRows > 1) {
-    if (rows < kRows) return with_rows<kRows - 1>(rows, f);
-  }
-  f(std::integral_constant<int, kRows>());
-}
+// The attention kernel, written on Lanes and the products. Included like they are, after them.
 
 // Where the rows of a tile lie, and its scratch.
 struct Work {
-  int rows, units, dim;            // rows of the products; units of a query; padded head_dim
-  float* q;                        // [rows, units]
-  float* scores;                   // [rows, kSplit]; the weights of a row take its scores' place
-  float* keys;                     // [kKeyBlock / 16, units, 16]
-  float* values;                   // [kKeyBlock or half as many pairs, dim]
-  float* partial;                  // [rows, partial_stride]
-  float* state;                    // [rows, partial_stride]
-  float* zeros;                    // head_dim elements, for keys that are not there
+  int rows, units, dim;      // rows of the products; units of a query; padded head_dim
+  std::ptrdiff_t row_bytes;  // of a head of a token
+  float* q;                  // [rows, units]
+  float* scores;             // [rows, kSplit]; the weights of a row take its scores' place
+  float* keys;               // [kKeyBlock / 16, units, 16]
+  float* values;             // [kKeyBlock or half as many pairs, dim]
+  float* partial;            // [rows, partial_stride]
+  float* state;              // [rows, partial_stride]
+  char* copies;  // two blocks of sixteen rows, where those of the cache cannot be used as they lie
   int first[kSplit], end[kSplit];  // keys of the split that a query of the tile sees, relative to its start
 };
 
 template <class KV, bool kPairs>
 struct Attention {
-  static constexpr int kUnitKeys = kPairs ? 2 : 1;       // keys in a unit of the values' product
-  static constexpr int kWord = sizeof(KV) == 2 ? 2 : 1;  // elements in a 32-bit word
+  static constexpr int kUnitKeys = kPairs ? 2 : 1;  // keys in a unit of the values' product
 
   static int query_units(const Call& call) { return kPairs ? (call.head_dim + 1) / 2 : call.head_dim; }
 
@@ -104,15 +30,15 @@ struct Attention {
     const std::size_t keys = static_cast<std::size_t>(kKeyBlock) * round_up(w.units),
                       values = kKeyBlock * w.dim;
     const std::size_t sums = round_up(rows * stride);
-    float* p = scratch.take(q + scores + keys + values + 2 * sums + w.dim);
+    float* p = scratch.take(q + scores + keys + values + 2 * sums + kKeyBlock * w.dim);
     w.q = p, p += q;
     w.scores = p, p += scores;
     w.keys = p, p += keys;
     w.values = p, p += values;
     w.partial = p, p += sums;
     w.state = p, p += sums;
-    w.zeros = p;
-    std::memset(w.zeros, 0, w.dim * sizeof(float));
+    w.copies = reinterpret_cast<char*>(p);
+    w.row_bytes = static_cast<std::ptrdiff_t>(call.head_dim) * sizeof(KV);
     load_queries(call, tile, w);
     return w;
   }
@@ -141,87 +67,39 @@ struct Attention {
     }
   }
 
-  // Addresses of the rows of keys [begin, end) of the split at `base`; those outside [first, last) are zeros.
-  static void find_rows(const Call& call, const Tile& tile, const void* cache, const float* zeros, int base,
-                        int begin, int end, int first, int last, const char** rows) {
-    const std::int32_t* pages = call.page_table + static_cast<std::int64_t>(tile.row) * call.max_pages;
-    const int from = begin > first ? begin : first, to = end < last ? end : last;
-    const std::int64_t row_bytes = static_cast<std::int64_t>(call.num_kv_heads) * call.head_dim * sizeof(KV);
-    const char* head = static_cast<const char*>(cache) +
-                       static_cast<std::int64_t>(tile.kv_head) * call.head_dim * sizeof(KV);
-    int page = (base + from) / call.page_size, offset = (base + from) % call.page_size;
-    for (int j = begin; j < from && j < end; ++j) rows[j - begin] = reinterpret_cast<const char*>(zeros);
-    for (int j = from; j < to; ++page, offset = 0) {
-      const char* row = head + (static_cast<std::int64_t>(pages[page]) * call.page_size + offset) * row_bytes;
-      for (; offset < call.page_size && j < to; ++offset, ++j, row += row_bytes) rows[j - begin] = row;
-    }
-    for (int j = to > begin ? to : begin; j < end; ++j)
-      rows[j - begin] = reinterpret_cast<const char*>(zeros);
+  // The row of a token of the tile's sequence.
+  static const char* find_row(const Call& call, const Tile& tile, const void* cache, int position) {
+    const std::int64_t page =
+        call.page_table[static_cast<std::int64_t>(tile.row) * call.max_pages + position / call.page_size];
+    const std::int64_t token = page * call.page_size + position % call.page_size;
+    const std::int64_t head = token * call.num_kv_heads + tile.kv_head;
+    return static_cast<const char*>(cache) + head * call.head_dim * static_cast<std::int64_t>(sizeof(KV));
   }
 
-  // Sixteen keys to [units, 16].
-  static void pack_keys(const char* const* rows, int head_dim, float* out) {
-    const int words = (head_dim + kWord - 1) / kWord;
-    const char* tails[kLanes];
-    char tail[kLanes][16];
-    for (int w = 0; w < words; w += 4) {
-      const char* const* from = rows;
-      std::size_t offset = w * sizeof(float);
-      const int count = words - w < 4 ? words - w : 4;
-      const std::size_t bytes = (head_dim - w * kWord) * sizeof(KV);
-      if (bytes < 16) {
-        for (int i = 0; i < kLanes; ++i) {
-          std::memset(tail[i], 0, 16);
-          std::memcpy(tail[i], rows[i] + offset, bytes);
-          tails[i] = tail[i];
-        }
-        from = tails;
-        offset = 0;
-      }
-      alignas(64) float quarter[4 * kLanes];
-      if (kWord == 1 || kPairs) {
-        if (count == 4) {
-          transpose_quarter(from, offset, out + w * kLanes);
-        } else {
-          transpose_quarter(from, offset, quarter);
-          std::memcpy(out + w * kLanes, quarter, count * kLanes * sizeof(float));
-        }
+  // Sixteen rows from position `begin`, a multiple of sixteen, where they lie; nothing where they lie in
+  // several pages.
+  static Rows rows_in_place(const Call& call, const Tile& tile, const void* cache, int begin) {
+    if (call.page_size % kLanes != 0) return {nullptr, 0};
+    return {find_row(call, tile, cache, begin),
+            static_cast<std::ptrdiff_t>(call.num_kv_heads) * call.head_dim * static_cast<int>(sizeof(KV))};
+  }
+
+  // The same for use: copied where need be. Rows outside [first, end) are zeros, or whatever their page holds
+  // if `loose`.
+  static Rows find_rows(const Call& call, const Tile& tile, const Work& w, const void* cache, int begin,
+                        int first, int end, bool loose, char* copy) {
+    if (loose || (begin >= first && begin + kLanes <= end)) {
+      const Rows rows = rows_in_place(call, tile, cache, begin);
+      if (rows.base != nullptr) return rows;
+    }
+    for (int j = begin; j < begin + kLanes; ++j, copy += w.row_bytes) {
+      if (j >= first && j < end) {
+        std::memcpy(copy, find_row(call, tile, cache, j), w.row_bytes);
       } else {
-        transpose_quarter(from, offset, quarter);
-        for (int i = 0; i < count; ++i) {
-          Lanes low, high;
-          split_pairs(load(quarter + i * kLanes), &low, &high);
-          const int element = 2 * (w + i);
-          store(out + element * kLanes, low);
-          if (element + 1 < head_dim) store(out + (element + 1) * kLanes, high);
-        }
+        std::memset(copy, 0, w.row_bytes);
       }
     }
-  }
-
-  static ELASTIC_INLINE Lanes pack_value(const char* const* rows, int element) {
-    if constexpr (kPairs) {
-#if ELASTIC_PAIRS
-      return join_pairs(reinterpret_cast<const std::uint16_t*>(rows[0]) + element,
-                        reinterpret_cast<const std::uint16_t*>(rows[1]) + element);
-#endif
-    } else if constexpr (sizeof(KV) == 2) {
-      return widen(reinterpret_cast<const std::uint16_t*>(rows[0]) + element);
-    } else {
-      return load(reinterpret_cast<const float*>(rows[0]) + element);
-    }
-  }
-
-  // One unit of values to [dim], zeros past head_dim.
-  static void pack_values(const char* const* rows, int head_dim, int dim, float* out) {
-    int e = 0;
-    for (; e + kLanes <= head_dim; e += kLanes) store(out + e, pack_value(rows, e));
-    if (e == dim) return;
-    KV tail[2][kLanes] = {};
-    for (int i = 0; i < kUnitKeys; ++i)
-      std::memcpy(tail[i], rows[i] + e * sizeof(KV), (head_dim - e) * sizeof(KV));
-    const char* tails[2] = {reinterpret_cast<const char*>(tail[0]), reinterpret_cast<const char*>(tail[1])};
-    store(out + e, pack_value(tails, 0));
+    return {copy - kLanes * w.row_bytes, w.row_bytes};
   }
 
   // Weights of one row from its scores: maximum, exponentials, their sum. The keys it sees are [first, end).
@@ -265,21 +143,39 @@ struct Attention {
       if (w.end[i] <= w.first[i]) w.first[i] = w.end[i] = position < 0 ? 0 : kSplit;
     }
     const int first = w.first[0], end = w.end[last];  // both rise from query to query
+    const int newest = tile.first_position + last - base;
     // Queries with a key in [begin, begin + keys): a run, since both bounds rise.
     const auto queries = [&](int begin, int keys, int* from, int* to) {
       for (*from = 0; *from <= last && w.end[*from] <= begin;) ++*from;
       for (*to = last + 1; *to > *from && w.first[*to - 1] >= begin + keys;) --*to;
     };
-    const char* rows[kKeyBlock];
+    const bool in_place = tile.num_queries == 1 && w.rows <= kRowsAtOnce && w.dim == call.head_dim;
+    const int block0 = first / kKeyBlock * kKeyBlock;
+    // What to ask the memory for while the sixteen keys at `begin` are worked on: rows lie too far apart for
+    // the processor to guess. After the last keys come the values, after those the next split's keys.
+    const auto upcoming = [&](const void* cache, int begin) -> Rows {
+      const bool keys = cache == call.k_cache;
+      int next = begin + kKeyBlock;
+      if (next >= end) {
+        next = keys ? block0 + begin % kKeyBlock : kSplit + begin % kKeyBlock;
+        cache = keys ? call.v_cache : call.k_cache;
+        if (next > (keys ? end - 1 : newest)) return {nullptr, 0};
+      }
+      return rows_in_place(call, tile, cache, base + next);
+    };
 
-    for (int begin = first / kKeyBlock * kKeyBlock; begin < end; begin += kKeyBlock) {
+    for (int begin = block0; begin < end; begin += kKeyBlock) {
       int from, to;
       queries(begin, kKeyBlock, &from, &to);
       if (from >= to) continue;
-      find_rows(call, tile, call.k_cache, w.zeros, base, begin, begin + kKeyBlock, first, end, rows);
       const int blocks = begin + kLanes < end ? 2 : 1;
-      for (int b = 0; b < blocks; ++b)
-        pack_keys(rows + b * kLanes, call.head_dim, w.keys + b * w.units * kLanes);
+      for (int b = 0; b < blocks; ++b) {
+        const int start = begin + b * kLanes;
+        const Rows keys =
+            find_rows(call, tile, w, call.k_cache, base + start, base + first, base + end, true, w.copies);
+        pack_keys<KV, kPairs>(keys, upcoming(call.k_cache, start), call.head_dim,
+                              w.keys + b * w.units * kLanes);
+      }
       for (int r = from * group; r < to * group; r += kRowsAtOnce) {
         const int count = to * group - r < kRowsAtOnce ? to * group - r : kRowsAtOnce;
         with_rows(count, [&](auto n) {
@@ -308,20 +204,51 @@ struct Attention {
       }
     }
 
-    for (int begin = first / kKeyBlock * kKeyBlock; begin < end; begin += kKeyBlock) {
+    for (int begin = block0; begin < end; begin += kKeyBlock) {
       int from, to;
       queries(begin, kKeyBlock, &from, &to);
       if (from >= to) continue;
-      find_rows(call, tile, call.v_cache, w.zeros, base, begin, begin + kKeyBlock, first, end, rows);
-      for (int j = 0; j < kKeyBlock && begin + j < end; j += kUnitKeys) {
-        if (begin + j + kUnitKeys > first)
-          pack_values(rows + j, call.head_dim, w.dim, w.values + j / kUnitKeys * w.dim);
+      Rows rows[2], next[2];
+      const int blocks = begin + kLanes < end ? 2 : 1;
+      for (int b = 0; b < blocks; ++b) {
+        const int start = begin + b * kLanes;
+        rows[b] = find_rows(call, tile, w, call.v_cache, base + start, base + first, base + end, false,
+                            w.copies + b * kLanes * w.row_bytes);
+        next[b] = upcoming(call.v_cache, start);
+      }
+      if (in_place) {
+        weigh_in_place(w, rows, next, blocks, begin, first, end, partials, stride);
+        continue;
+      }
+      for (int b = 0; b < blocks; ++b) {
+        pack_values<KV, kPairs>(rows[b], next[b], call.head_dim, w.dim,
+                                w.values + b * (kLanes / kUnitKeys) * w.dim);
       }
       for (int r = from * group; r < to * group; r += kRowsAtOnce) {
         const int count = to * group - r < kRowsAtOnce ? to * group - r : kRowsAtOnce;
         weigh_block(w, r, count, group, begin, first, end, partials, stride);
       }
     }
+  }
+
+  // Adds a block of keys to the rows of one query, which are few: its values are used once, so they are not
+  // packed.
+  static void weigh_in_place(const Work& w, const Rows* rows, const Rows* next, int blocks, int begin,
+                             int first, int end, float* partials, int stride) {
+    const int last = blocks - 1;
+    CachedValues<KV, kPairs> values;
+    values.low = rows[0].base, values.low_stride = rows[0].stride;
+    values.high = rows[last].base - last * kLanes * rows[last].stride, values.high_stride = rows[last].stride;
+    values.next_stride = next[0].stride;
+    values.next_low = next[0].base;
+    values.next_high =
+        next[last].base == nullptr ? nullptr : next[last].base - last * kLanes * next[0].stride;
+    const int from = first > begin ? (first - begin) / kUnitKeys : 0;
+    const int to =
+        end < begin + kKeyBlock ? (end - begin + kUnitKeys - 1) / kUnitKeys : kKeyBlock / kUnitKeys;
+    with_rows(w.rows, [&](auto n) {
+      weigh<kPairs, n()>(w.scores + begin / kUnitKeys, values, w.dim, from, to, partials, stride);
+    });
   }
 
   // Adds the keys of the packed block to `count` rows: those that all rows see together, what is before and
@@ -347,43 +274,38 @@ struct Attention {
     for (int r = 0; r < count; ++r) {
       if (high_half[r]) weigh_half(w, row + r, begin, from[r] - 1, 0xffff0000u, partials, stride);
       const int end = to[r] < common_from ? to[r] : common_from;
-      if (from[r] < end) weigh<1>(w, row + r, begin, from[r], end, partials, stride);
+      if (from[r] < end) weigh_packed<1>(w, row + r, begin, from[r], end, partials, stride);
     }
     if (common_from < common_to) {
-      with_rows(count, [&](auto n) { weigh<n()>(w, row, begin, common_from, common_to, partials, stride); });
+      with_rows(count,
+                [&](auto n) { weigh_packed<n()>(w, row, begin, common_from, common_to, partials, stride); });
     }
     for (int r = 0; r < count; ++r) {
       const int start = from[r] > common_to ? from[r] : common_to;
-      if (start < to[r]) weigh<1>(w, row + r, begin, start, to[r], partials, stride);
+      if (start < to[r]) weigh_packed<1>(w, row + r, begin, start, to[r], partials, stride);
       if (low_half[r]) weigh_half(w, row + r, begin, to[r], 0x0000ffffu, partials, stride);
     }
   }
 
   template <int kRows>
-  static void weigh(const Work& w, int row, int begin, int from, int to, float* partials, int stride) {
+  static void weigh_packed(const Work& w, int row, int begin, int from, int to, float* partials, int stride) {
     // The weights of the block's first unit: with pairs, two weights share the place of one score.
-    const float* weights = w.scores + row * kSplit + begin / kUnitKeys + from;
-    const float* values = w.values + from * w.dim;
-    float* out = partials + row * stride;
-    int e = 0;
-    for (; e + kBlocksAtOnce * kLanes <= w.dim; e += kBlocksAtOnce * kLanes) {
-      weigh_rows<kPairs, kRows, kBlocksAtOnce>(weights, values + e, w.dim, to - from, out + e, stride);
-    }
-    for (; e < w.dim; e += kLanes) {
-      weigh_rows<kPairs, kRows, 1>(weights, values + e, w.dim, to - from, out + e, stride);
-    }
+    const float* weights = w.scores + row * kSplit + begin / kUnitKeys;
+    weigh<kPairs, kRows>(weights, PackedValues{w.values, w.dim}, w.dim, from, to, partials + row * stride,
+                         stride);
   }
 
   // One unit of one row with half of each pair taken as zero: the row may not see that key, not even times a
   // weight of 0.
   static void weigh_half(const Work& w, int row, int begin, int unit, std::uint32_t mask, float* partials,
                          int stride) {
-    float half[kLanes];
+    alignas(64) float half[kLanes];
     for (int e = 0; e < w.dim; e += kLanes) {
-      for (int i = 0; i < kLanes; ++i)
+      for (int i = 0; i < kLanes; ++i) {
         half[i] = bits_to_float(float_to_bits(w.values[unit * w.dim + e + i]) & mask);
-      weigh_rows<kPairs, 1, 1>(w.scores + row * kSplit + begin / kUnitKeys + unit, half, kLanes, 1,
-                               partials + row * stride + e, stride);
+      }
+      weigh<kPairs, 1>(w.scores + row * kSplit + begin / kUnitKeys + unit, PackedValues{half, kLanes}, kLanes,
+                       0, 1, partials + row * stride + e, stride);
     }
   }
 

@@ -5,6 +5,19 @@
 // Every operation is one rounding a lane, the same in every function that uses it: no result depends on how a
 // compiler contracts or reorders.
 
+#if ELASTIC_LANES >= 256
+ELASTIC_INLINE float sum_eight(__m256 x) {
+  __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_add_ss(y, _mm_shuffle_ps(y, y, 1)));
+}
+ELASTIC_INLINE float max_eight(__m256 x) {
+  __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_max_ss(y, _mm_shuffle_ps(y, y, 1)));
+}
+#endif
+
 #if ELASTIC_LANES == 512
 
 struct Lanes {
@@ -60,12 +73,12 @@ ELASTIC_INLINE Lanes widen(const std::uint16_t* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
 }
-// Words 0..3 at `offset` bytes of sixteen rows, transposed: out[w * 16 + row].
-ELASTIC_INLINE void transpose_quarter(const char* const* rows, std::size_t offset, float* out) {
+// Words 0..3 of sixteen rows, transposed: out[w * 16 + row].
+ELASTIC_INLINE void transpose_quarter(const char* rows, std::ptrdiff_t stride, float* out) {
   __m512i t[4];
   for (int i = 0; i < 4; ++i) {
     const auto piece = [&](int row) {
-      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + offset));
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + row * stride));
     };
     __m512i x = _mm512_castsi128_si512(piece(i));
     x = _mm512_inserti32x4(x, piece(i + 4), 1);
@@ -90,6 +103,17 @@ ELASTIC_INLINE Lanes join_pairs(const std::uint16_t* low, const std::uint16_t* h
   const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
   const __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)));
   return {_mm512_castsi512_ps(_mm512_or_si512(a, _mm512_slli_epi32(b, 16)))};
+}
+// The sum and the maximum of the lanes, as a fixed tree: halves onto each other. NaN may or may not stay in a
+// maximum.
+ELASTIC_INLINE __m256 upper_half(__m512 x) {
+  return _mm512_extractf32x8_ps(x, 1);
+}
+ELASTIC_INLINE float sum_lanes(Lanes a) {
+  return sum_eight(_mm256_add_ps(_mm512_castps512_ps256(a.v), upper_half(a.v)));
+}
+ELASTIC_INLINE float max_lanes(Lanes a) {
+  return max_eight(_mm256_max_ps(_mm512_castps512_ps256(a.v), upper_half(a.v)));
 }
 #if ELASTIC_PAIRS
 // acc + a.low * b.low + a.high * b.high for words of bfloat16 pairs
@@ -172,10 +196,10 @@ ELASTIC_INLINE __m256i load_two(const char* low, const char* high) {
   const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(high));
   return _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1);
 }
-ELASTIC_INLINE void transpose_quarter(const char* const* rows, std::size_t offset, float* out) {
-  for (int half = 0; half < 2; ++half, rows += 8, out += 8) {
+ELASTIC_INLINE void transpose_quarter(const char* rows, std::ptrdiff_t stride, float* out) {
+  for (int half = 0; half < 2; ++half, rows += 8 * stride, out += 8) {
     __m256i t[4];
-    for (int i = 0; i < 4; ++i) t[i] = load_two(rows[i] + offset, rows[i + 4] + offset);
+    for (int i = 0; i < 4; ++i) t[i] = load_two(rows + i * stride, rows + (i + 4) * stride);
     const __m256i a = _mm256_unpacklo_epi32(t[0], t[1]), b = _mm256_unpacklo_epi32(t[2], t[3]);
     const __m256i c = _mm256_unpackhi_epi32(t[0], t[1]), d = _mm256_unpackhi_epi32(t[2], t[3]);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_unpacklo_epi64(a, b));
@@ -183,6 +207,12 @@ ELASTIC_INLINE void transpose_quarter(const char* const* rows, std::size_t offse
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32), _mm256_unpacklo_epi64(c, d));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 48), _mm256_unpackhi_epi64(c, d));
   }
+}
+ELASTIC_INLINE float sum_lanes(Lanes a) {
+  return sum_eight(_mm256_add_ps(a.v[0], a.v[1]));
+}
+ELASTIC_INLINE float max_lanes(Lanes a) {
+  return max_eight(_mm256_max_ps(a.v[0], a.v[1]));
 }
 ELASTIC_INLINE void split_pairs(Lanes words, Lanes* low, Lanes* high) {
   for (int half = 0; half < 2; ++half) {
@@ -274,10 +304,10 @@ ELASTIC_INLINE Lanes widen(const std::uint16_t* p) {
   for (int i = 0; i < 16; ++i) x[i] = to_float(BFloat16{p[i]});
   return load(x);
 }
-ELASTIC_INLINE void transpose_quarter(const char* const* rows, std::size_t offset, float* out) {
-  for (int four = 0; four < 4; ++four, rows += 4, out += 4) {
+ELASTIC_INLINE void transpose_quarter(const char* rows, std::ptrdiff_t stride, float* out) {
+  for (int four = 0; four < 4; ++four, rows += 4 * stride, out += 4) {
     Quad t[4];
-    for (int i = 0; i < 4; ++i) t[i] = load_quad(rows[i] + offset);
+    for (int i = 0; i < 4; ++i) t[i] = load_quad(rows + i * stride);
     for (int w = 0; w < 4; ++w) {
       const Quad column{t[0][w], t[1][w], t[2][w], t[3][w]};
       std::memcpy(out + 16 * w, &column, sizeof column);
@@ -290,11 +320,6 @@ ELASTIC_INLINE void split_pairs(Lanes words, Lanes* low, Lanes* high) {
     high->v[i] = (Quad)((QuadInt)words.v[i] & static_cast<std::int32_t>(0xffff0000u));
   }
 }
-#undef ELASTIC_EACH_QUAD
-
-#endif
-
-// The sum and the maximum of the lanes, as a fixed tree.
 ELASTIC_INLINE float sum_lanes(Lanes a) {
   float x[16];
   store(x, a);
@@ -311,6 +336,9 @@ ELASTIC_INLINE float max_lanes(Lanes a) {
   }
   return x[0];
 }
+#undef ELASTIC_EACH_QUAD
+
+#endif
 
 // e^x for x <= 0 within 2 units in the last place; 0 below -87; NaN stays NaN. The polynomial is exp_float's
 // (simd.h).

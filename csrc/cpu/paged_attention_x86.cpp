@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "cpu/paged_attention.h"
 #include "cpu/simd.h"
@@ -26,7 +27,9 @@ namespace avx2 {
 #define ELASTIC_LANES 256
 #define ELASTIC_PAIRS 0
 #include "cpu/paged_attention_lanes.h"
-// clang-format keeps the order: the kernel is written on the lanes
+// in this order, which this line keeps
+#include "cpu/paged_attention_products.h"
+// likewise
 #include "cpu/paged_attention_kernel.h"
 #undef ELASTIC_LANES
 #undef ELASTIC_PAIRS
@@ -44,7 +47,9 @@ namespace avx512 {
 #define ELASTIC_LANES 512
 #define ELASTIC_PAIRS 0
 #include "cpu/paged_attention_lanes.h"
-// see above
+// in this order, which this line keeps
+#include "cpu/paged_attention_products.h"
+// likewise
 #include "cpu/paged_attention_kernel.h"
 #undef ELASTIC_PAIRS
 }  // namespace avx512
@@ -60,7 +65,9 @@ namespace avx512 {
 namespace avx512_bf16 {
 #define ELASTIC_PAIRS 1
 #include "cpu/paged_attention_lanes.h"
-// see above
+// in this order, which this line keeps
+#include "cpu/paged_attention_products.h"
+// likewise
 #include "cpu/paged_attention_kernel.h"
 #undef ELASTIC_LANES
 #undef ELASTIC_PAIRS

@@ -47,14 +47,14 @@ class Tiling(NamedTuple):
 HALF_TILINGS = {
     16: Tiling(32, 64, 4, 5),
     32: Tiling(32, 64, 4, 5),
-    64: Tiling(32, 64, 4, 5),
+    64: Tiling(32, 32, 4, 5),
     128: Tiling(32, 32, 4, 5),
-    256: Tiling(32, 32, 8, 5),
+    256: Tiling(16, 32, 4, 5),
 }
 FLOAT_TILINGS = {  # no tensor cores in full float32
     16: Tiling(16, 32, 4, 5),
     32: Tiling(16, 32, 4, 5),
-    64: Tiling(16, 32, 4, 5),
+    64: Tiling(16, 32, 4, 4),
     128: Tiling(16, 32, 4, 5),
     256: Tiling(16, 16, 4, 5),
 }
