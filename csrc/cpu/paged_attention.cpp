@@ -11,11 +11,9 @@
 #if defined(__aarch64__)
 #include <arm_neon.h>
 #endif
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 #include "cpu/isa.h"
+#include "cpu/parallel.h"
 #include "cpu/simd.h"
 
 namespace elastic_decode {
@@ -42,6 +40,9 @@ static const Kernel& kernel() {
 #endif
   return kGeneric;
 }
+
+// Multiply-adds that take some 5 microseconds, in which a second thread wakes.
+constexpr std::int64_t kWorkPerThread = 400000;
 
 static Scratch& thread_scratch() {
   thread_local Scratch scratch;
@@ -91,65 +92,67 @@ static void clear_idle(const Call& call) {
 
 }  // namespace attention
 
+namespace attention {
+
+// Few tiles: a thread takes one split of one, and the partial results are folded afterwards, in the order in
+// which one thread would have folded them.
+static void attend_by_splits(const Kernel& run, const Call& call, const std::vector<Tile>& tiles) {
+  struct Piece {
+    int tile, split;
+    std::size_t offset;
+  };
+  std::vector<Piece> pieces;
+  std::vector<std::size_t> offsets;
+  std::size_t total = 0;
+  const int num_tiles = static_cast<int>(tiles.size());
+  for (int i = 0; i < num_tiles; ++i) {
+    offsets.push_back(total);
+    for (int split = tiles[i].first_split; split < tiles[i].end_split; ++split) {
+      pieces.push_back({i, split, total});
+      total += static_cast<std::size_t>(tiles[i].num_queries) * call.group() * partial_stride(call);
+    }
+  }
+  thread_local Scratch shared;
+  float* partials = shared.take(total);
+  const int num_pieces = static_cast<int>(pieces.size());
+#pragma omp parallel
+  {
+#pragma omp for schedule(dynamic, 1)
+    for (int i = 0; i < num_pieces; ++i) {
+      const Piece& piece = pieces[i];
+      run.attend_split(call, tiles[piece.tile], piece.split, thread_scratch(), partials + piece.offset);
+    }
+#pragma omp for schedule(static)
+    for (int i = 0; i < num_tiles; ++i) run.fold(call, tiles[i], thread_scratch(), partials + offsets[i]);
+  }
+}
+
+}  // namespace attention
+
 void paged_attention(const PagedAttentionCall& call) {
   using namespace attention;
   clear_idle(call);
   const std::vector<Tile> tiles = cut_tiles(call);
-  if (tiles.empty()) return;
   const Kernel& run = kernel();
-  const int num_tiles = static_cast<int>(tiles.size());
-
-#if defined(_OPENMP)
-  // Multiply-adds of the whole call, to within what masks leave out. Waking threads costs some microseconds.
-  constexpr double kWorthThreads = 4e5;
-  double work = 0;
+  std::int64_t work = 0;  // multiply-adds, to within what causal masks leave out
   int splits = 0;
   for (const Tile& tile : tiles) {
-    work +=
-        2.0 * kSplit * (tile.end_split - tile.first_split) * tile.num_queries * call.group() * call.head_dim;
+    const std::int64_t keys = tile.first_position + tile.num_queries - tile.first_split * kSplit;
+    work += 2 * keys * tile.num_queries * call.group() * call.head_dim;
     splits += tile.end_split - tile.first_split;
   }
-  const int threads = omp_in_parallel() ? 1 : omp_get_max_threads();
-  if (threads > 1 && work >= kWorthThreads) {
-    if (num_tiles >= 4 * threads || splits == num_tiles) {
+  const int num_tiles = static_cast<int>(tiles.size());
+  const int threads = threads_for(work, kWorkPerThread, splits);
+  if (threads == 1) {
+    for (const Tile& tile : tiles) run.attend(call, tile, thread_scratch());
+  } else if (num_tiles < 4 * threads && splits > num_tiles) {
+    attend_by_splits(run, call, tiles);
+  } else {
+    // Always a full team: OpenMP ends the threads that a smaller one leaves out. A row's last tiles are its
+    // longest.
 #pragma omp parallel for schedule(dynamic, 1)
-      for (int i = num_tiles - 1; i >= 0; --i)
-        run.attend(call, tiles[i], thread_scratch());  // the longest first
-      return;
-    }
-    // Few tiles: a thread takes one split of one, and the partial results are folded afterwards, in the same
-    // order as above.
-    struct Piece {
-      int tile, split;
-      std::size_t offset;
-    };
-    std::vector<Piece> pieces;
-    std::vector<std::size_t> offsets;
-    std::size_t total = 0;
-    for (int i = 0; i < num_tiles; ++i) {
-      offsets.push_back(total);
-      for (int split = tiles[i].first_split; split < tiles[i].end_split; ++split) {
-        pieces.push_back({i, split, total});
-        total += static_cast<std::size_t>(tiles[i].num_queries) * call.group() * partial_stride(call);
-      }
-    }
-    thread_local Scratch shared;
-    float* partials = shared.take(total);
-    const int num_pieces = static_cast<int>(pieces.size());
-#pragma omp parallel
-    {
-#pragma omp for schedule(dynamic, 1)
-      for (int i = 0; i < num_pieces; ++i) {
-        run.attend_split(call, tiles[pieces[i].tile], pieces[i].split, thread_scratch(),
-                         partials + pieces[i].offset);
-      }
-#pragma omp for schedule(static)
-      for (int i = 0; i < num_tiles; ++i) run.fold(call, tiles[i], thread_scratch(), partials + offsets[i]);
-    }
-    return;
+    for (int i = num_tiles - 1; i >= 0; --i) run.attend(call, tiles[i], thread_scratch());
   }
-#endif
-  for (const Tile& tile : tiles) run.attend(call, tile, thread_scratch());
 }
 
 }  // namespace elastic_decode
