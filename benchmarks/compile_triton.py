@@ -1,7 +1,8 @@
 """Compiles every Triton kernel for sm_80, sm_90 and sm_100, without a GPU: `make compile-check`.
 
 Prints a table of registers a thread, shared memory and spilled bytes. Exits with 1 where a kernel does not
-compile, needs more shared memory than the GPU gives a block, or spills registers in decode. Nothing is run.
+compile, needs more shared memory than the GPU gives a block, or spills registers in decode: more than the few
+that ptxas gives up where that lets one more block onto a processor. Nothing is run.
 
     python benchmarks/compile_triton.py [--ops paged_attention …] [--arch 80 90 100] [--only TEXT] [--jobs N]
 
@@ -10,7 +11,7 @@ An op takes part by offering, in kernels/<op>/triton.py,
     def compile_cases() -> Iterator[tuple[str, JITFunction, dict[str, str], dict[str, Any], dict[str, Any]]]
 
 which yields (name, kernel, signature, constexprs, options) for each variant worth compiling:
-    name        unique within the op. A name with "prefill" in it may spill; all others run in decode: they
+    name        unique within the op. A name with "prefill" in it may spill; all others run in decode and
                 may not
     kernel      the function under @triton.jit
     signature   {argument: type} for every argument that is no constexpr, in any order: "*bf16" (a pointer),
@@ -41,6 +42,10 @@ from elastic_decode.kernels import registry
 SHARED_LIMITS = {80: 166_912, 90: 232_448, 100: 232_448}
 
 
+# Bytes a thread: up to four registers, which ptxas spills by choice at round counts (168, 128, 96), not for want.
+SPILL_ALLOWANCE = 16
+
+
 class Row(NamedTuple):
     op: str
     name: str
@@ -59,7 +64,7 @@ class Row(NamedTuple):
             return (
                 f"needs {self.shared} bytes of shared memory, sm_{self.arch} has {SHARED_LIMITS[self.arch]}"
             )
-        if self.spilled and "prefill" not in self.name:
+        if self.spilled > SPILL_ALLOWANCE and "prefill" not in self.name:
             return f"spills {self.spilled} bytes in decode"
         return ""
 

@@ -197,9 +197,10 @@ def _attend_kernel(
             kv_live = present[:, None] & d_live[None, :]
             k = tl.load(k_cache + at, mask=kv_live, other=0.0).to(PRODUCT)
             scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee") * scale_log2e
-            seen = key[None, :] <= position[:, None]
+            age = position[:, None] - key[None, :]
+            seen = age >= 0
             if WINDOW > 0:
-                seen &= key[None, :] > position[:, None] - WINDOW
+                seen &= age < WINDOW
             scores = tl.where(seen, scores, float("-inf"))
             highest = tl.maximum(top, tl.max(scores, axis=1))
             safe = tl.where(highest == float("-inf"), 0.0, highest)
