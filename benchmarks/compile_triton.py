@@ -42,7 +42,7 @@ from elastic_decode.kernels import registry
 SHARED_LIMITS = {80: 166_912, 90: 232_448, 100: 232_448}
 
 
-# Bytes a thread: up to four registers, which ptxas spills by choice at round counts (168, 128, 96), not for want.
+# Bytes a thread: up to four registers, which ptxas spills by choice at round counts (168, 128).
 SPILL_ALLOWANCE = 16
 
 
