@@ -7,7 +7,7 @@ import torch
 
 
 def pytest_configure() -> None:
-    # Tests work on small tensors, where a second thread costs more than it gives; on a busy machine, far more.
+    # Tests work on small tensors, where a thread more costs more than it gives: on a busy machine, far more.
     # Those that are about threads set their number themselves.
     torch.set_num_threads(1)
 
