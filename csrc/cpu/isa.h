@@ -15,8 +15,10 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define ELASTIC_INLINE inline __attribute__((always_inline))
+#define ELASTIC_NOINLINE __attribute__((noinline))
 #else
 #define ELASTIC_INLINE inline
+#define ELASTIC_NOINLINE
 #endif
 
 #if ELASTIC_X86

@@ -25,6 +25,10 @@ struct PairLanes : Sums512 {
   static ELASTIC_TILE ELASTIC_INLINE __m512 multiply_add(__m512 sum, __m512bh w, __m512bh x) {
     return _mm512_dpbf16_ps(sum, w, x);
   }
+  using Sums512::store;
+  static ELASTIC_TILE ELASTIC_INLINE void store(BFloat16* out, __m128 values) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), (__m128i)_mm_cvtneps_pbh(values));
+  }
 };
 
 }  // namespace

@@ -56,6 +56,9 @@ SHAPES = [
     (9, 50, 896),
     (33, 129, 130),
     (70, 19, 1000),
+    (2, 5, 4864),  # long rows are taken in chunks, whose sums wait for the next one
+    (67, 9, 3333),
+    (130, 12, 1601),
 ]
 
 
@@ -97,7 +100,7 @@ def test_float32_out_of_bfloat16(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize(("outputs", "inputs"), [(37, 67), (200, 896), (500, 96)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(37, 67), (200, 896), (500, 96), (21, 3333)])
 def test_rows_do_not_depend_on_the_batch(
     backend: str, dtype: torch.dtype, outputs: int, inputs: int, threads
 ) -> None:
