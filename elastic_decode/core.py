@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 from elastic_decode.errors import ConfigError
@@ -27,6 +28,11 @@ class Phase(StrEnum):
 
     THINK = "think"
     SOLVE = "solve"
+
+
+def _is_int(value: object) -> bool:
+    """An integer of any kind (numpy's too), but no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _check_budget(name: str, value: int | None) -> None:
@@ -92,20 +98,31 @@ class SamplingParams:
         for name in ("top_k", "min_tokens"):
             value = getattr(self, name)
             require(isinstance(value, int) and not isinstance(value, bool), name, "an int")
-        require(self.temperature >= 0, "temperature", ">= 0 (0 = greedy)")
-        require(self.top_k >= 0, "top_k", ">= 0 (0 = off)")
+        require(self.temperature == 0 or self.temperature >= 1e-5, "temperature", "0 (greedy) or >= 1e-5")
+        require(self.temperature <= 1e6, "temperature", "at most 1e6")
+        require(0 <= self.top_k < 2**31, "top_k", "in [0, 2**31) (0 = off)")
         require(0 < self.top_p <= 1, "top_p", "in (0, 1]")
         require(0 <= self.min_p <= 1, "min_p", "in [0, 1]")
-        require(self.repetition_penalty > 0, "repetition_penalty", "> 0 (1 = off)")
-        require(self.min_tokens >= 0, "min_tokens", ">= 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            require(abs(getattr(self, name)) <= 1e6, name, "within ±1e6")
+        require(1e-6 <= self.repetition_penalty <= 1e6, "repetition_penalty", "in [1e-6, 1e6] (1 = off)")
+        require(0 <= self.min_tokens < 2**30, "min_tokens", "in [0, 2**30)")
         if self.seed is not None:
             require(isinstance(self.seed, int) and not isinstance(self.seed, bool), "seed", "an int or None")
             require(0 <= self.seed < 2**63, "seed", "in [0, 2**63)")
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        require(self.stop is None or isinstance(self.stop, (str, Sequence)), "stop", "a string or strings")
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         require(all(isinstance(s, str) and s for s in stops), "stop", "non-empty strings")
         object.__setattr__(self, "stop", stops)
-        object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in self.stop_token_ids))
+        ids = () if self.stop_token_ids is None else self.stop_token_ids
+        require(isinstance(ids, Sequence) and all(_is_int(i) for i in ids), "stop_token_ids", "token ids")
+        object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in ids))
         if self.logit_bias is not None:
+            good = isinstance(self.logit_bias, Mapping) and all(
+                _is_int(token) and (abs(value) <= 1e6 or value == -float("inf"))
+                for token, value in self.logit_bias.items()
+            )
+            require(good, "logit_bias", "token ids -> numbers within ±1e6 (or -inf)")
             object.__setattr__(self, "logit_bias", {int(k): float(v) for k, v in self.logit_bias.items()})
 
 
@@ -136,6 +153,8 @@ class Request:
     ) -> None:
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise ConfigError(f"n must be an int >= 1, got {n!r}")
+        if sampling is not None and not isinstance(sampling, SamplingParams):
+            raise ConfigError(f"Request.sampling must be a SamplingParams, got {sampling!r}")
         self.prompt = prompt
         self.budget = budget if budget is not None else Budget()
         self.sampling = sampling if sampling is not None else SamplingParams()

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from elastic_decode.budgets import Policy
+from elastic_decode.budgets import Policy, truncate
 from elastic_decode.config import EngineConfig, ModelConfig
 from elastic_decode.core import Budget, Generation, Request, SamplingParams, TokenEvent
 from elastic_decode.delimiters import Delimiters, resolve
@@ -208,9 +208,9 @@ class Engine:
         The completion at b equals `Budget(think=b, solve=solve)` with the same seed, token for token. One
         Generation a prompt, completions in the order of `think_at`.
         """
-        budgets = [int(budget) for budget in think_at]
-        if not budgets or any(budget < 0 for budget in budgets):
-            raise BudgetError(f"think_at must be one or more budgets >= 0, got {list(think_at)!r}")
+        budgets = list(think_at) if isinstance(think_at, Sequence) else [think_at]
+        if not budgets or any(isinstance(b, bool) or not isinstance(b, int) or b < 0 for b in budgets):
+            raise BudgetError(f"think_at must be a list of one or more budgets >= 0, got {think_at!r}")
         self._ready()
         listed = as_prompt_list(prompts)
         params = one_each("sampling", sampling, SamplingParams(), SamplingParams, len(listed))
@@ -261,14 +261,15 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether any request, of any generator or submitted, has not finished."""
-        return not self._runner.idle
+        """Whether a request, of any generator or submitted, has not finished, or events of `step` wait."""
+        return not self._closed and (bool(self._submitted.queue) or not self._runner.idle)
 
     def abort(self, request_id: str) -> bool:
         """End a request; its samples end with reason "abort" and keep what they have. False where it was not
         running.
         """
-        self._ready()
+        if self._closed:
+            raise EngineClosed(_CLOSED)
         group = self._runner.groups.get(request_id)
         if group is None:
             return False
@@ -305,15 +306,14 @@ class Engine:
         with self._working():
             if self._shared is not None:
                 self._shared.sync()
-            self._runner.scheduler.epoch += 1
-            self._pool.clear_index()
+            self._runner.scheduler.new_weights()
         return self._runner.scheduler.epoch
 
     def warmup(self) -> None:
         """Run each kernel once at full width, so that the first request pays for no first touch."""
         self._ready()
         ids = [0] * min(self.config.prefill_tokens, max(1, self.max_model_len - 2))
-        for _ in self.rollout([ids], n=1, budget=Budget(think=0, solve=1)):
+        for _ in self.rollout([ids], budget=truncate(1)):
             pass
 
     def stats(self) -> dict[str, int]:
@@ -428,7 +428,9 @@ class Engine:
             self._runner.abort(self._orphans.pop())
 
     def _new_id(self) -> str:
-        return f"request-{next(self._ids)}"
+        while (name := f"request-{next(self._ids)}") in self._runner.groups:
+            pass
+        return name
 
     def _ready(self, *, between_steps: bool = False) -> None:
         if self._closed:

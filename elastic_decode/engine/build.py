@@ -17,6 +17,7 @@ from elastic_decode.engine.kv_cache import KVPages, PagePool, plan_pages
 from elastic_decode.engine.output_ring import OutputRing
 from elastic_decode.engine.runner import Runner
 from elastic_decode.engine.scheduler import Scheduler
+from elastic_decode.errors import ConfigError
 from elastic_decode.kernels import registry
 from elastic_decode.models.decoder import Decoder
 from elastic_decode.models.layout import Weights
@@ -50,6 +51,10 @@ def build(
     """
     device = torch.device(config.device)
     backend = registry.default_backend(device.type) if config.backend == "auto" else config.backend
+    for op in registry.OPS:
+        reason = registry.why_unavailable(op, backend)
+        if reason is not None:
+            raise ConfigError(f"backend {backend!r} cannot decode here: {reason}; see `elastic-decode info`")
     dtype_name = str(weights.dtype).removeprefix("torch.")
     kv_dtype = choose_dtype(config.kv_dtype, dtype_name, device)
     num_pages, max_model_len = plan_pages(

@@ -9,7 +9,7 @@ from typing import Any
 from elastic_decode.core import Completion, FinishReason, Generation, Phase, ThinkEnd, TokenEvent
 from elastic_decode.engine.output_ring import Flight, Landed
 from elastic_decode.engine.sequence import Group, Sequence, Stage
-from elastic_decode.engine.text import decode, split_text
+from elastic_decode.engine.text import split_text, text_of
 from elastic_decode.errors import ElasticDecodeError, NonFiniteLogits
 from elastic_decode.kernels.budget.layout import Finish, Flag
 from elastic_decode.kernels.budget.layout import ThinkEnd as ThinkEndCode
@@ -117,7 +117,9 @@ class Delivery:
         if sequence.text is not None and sequence.scanner is not None:
             if reason not in ("eos", "stop"):
                 piece = sequence.text.push(token)
-                if may_stop:
+                if forced:  # a stop is the model's own: what is forced neither begins nor completes one
+                    piece = sequence.scanner.flush() + piece
+                elif may_stop:
                     piece = sequence.scanner.push(piece)
                     if sequence.scanner.stopped:
                         reason = "stop"
@@ -202,12 +204,16 @@ class Delivery:
         if stopped_by_text:
             text = "".join(sequence.pieces)
             ended_in = sequence.phases[-1]
+            stops = tuple(group.sampling.stop)
             if ended_in is Phase.SOLVE:
-                solution = _cut(solution, tuple(group.sampling.stop))
+                cut = _cut(solution, stops)
+                if cut == solution:  # the stop begins in the thinking
+                    thinking, cut = _cut(thinking + solution, stops)[: len(thinking)], ""
+                solution = cut
             else:
-                thinking = _cut(thinking, tuple(group.sampling.stop))
+                thinking = _cut(thinking, stops)
         else:
-            text = decode(self._tokenizer, ids)
+            text = text_of(self._tokenizer, ids)
         return Completion(
             token_ids=list(sequence.token_ids),
             logprobs=list(sequence.logprobs),

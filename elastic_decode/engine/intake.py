@@ -15,7 +15,7 @@ from elastic_decode import automata
 from elastic_decode.budgets import Policy, as_policy
 from elastic_decode.core import Budget, Phase, Request
 from elastic_decode.delimiters import Delimiters
-from elastic_decode.engine.prompts import encode_prompt
+from elastic_decode.engine.prompts import as_prompt_list, encode_prompt
 from elastic_decode.engine.sequence import Group
 from elastic_decode.engine.sequence import Sequence as Sample
 from elastic_decode.engine.text import StopScanner, TextStream
@@ -123,7 +123,10 @@ class Intake:
         self._replay(branch)
         if branch.text is not None and branch.scanner is not None:
             for token in branch.token_ids:
-                branch.pieces.append(branch.text.push(token))
+                piece = branch.text.push(token)
+                branch.pieces.append(
+                    branch.scanner.push(piece) if branch.group.sampling.stop_in_thinking else piece
+                )
 
     @staticmethod
     def can_end_thinking(sequence: Sample) -> bool:
@@ -143,10 +146,13 @@ class Intake:
         sink: Any,
         streams: bool,
     ) -> Group:
+        (prompt,) = as_prompt_list([request.prompt])
         delimiters = request.delimiters or self._delimiters
+        if not isinstance(delimiters, Delimiters):
+            raise ConfigError(f"Request.delimiters must be Delimiters, got {delimiters!r}")
         encoded = encode_prompt(
             self._tokenizer,
-            request.prompt,
+            prompt,
             delimiters,
             vocab_size=self._vocab_size,
             vocabulary=self._vocabulary,

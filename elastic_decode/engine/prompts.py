@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple, TypeVar
 
 from elastic_decode.core import Phase, Prompt
@@ -18,7 +19,7 @@ def _is_ids(value: Any) -> bool:
         isinstance(value, Sequence)
         and not isinstance(value, str)
         and len(value) > 0
-        and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+        and all(isinstance(item, Integral) and not isinstance(item, bool) for item in value)
     )
 
 
@@ -97,11 +98,11 @@ def _chat_ids(
     else:
         text = render(messages, add_generation_prompt=True)
         plain = render(messages, add_generation_prompt=False)
-        shared = 0
-        for ours, theirs in zip(text, plain, strict=False):
-            if ours != theirs:
-                break
-            shared += 1
+        differing = (at for at, (ours, theirs) in enumerate(zip(text, plain, strict=False)) if ours != theirs)
+        shared = next(differing, min(len(text), len(plain)))
+        if text == plain:  # a template that opens the answer whether it is asked to or not
+            last = str(messages[-1].get("content") or "")
+            shared = text.rfind(last) + len(last) if last else shared
         tail = text[shared:]
 
     def encode(part: str) -> list[int]:
@@ -139,9 +140,13 @@ def encode_prompt(
         ids, tail = _chat_ids(tokenizer, prompt, template_kwargs or {})  # type: ignore[arg-type]
     else:
         ids = tail = [int(token) for token in prompt]  # type: ignore[arg-type]
-        outside = next((token for token in ids if not 0 <= token < vocab_size), None)
-        if outside is not None:
-            raise ConfigError(f"prompt token id {outside} is outside the model's vocabulary of {vocab_size}")
+    outside = next((token for token in ids if not 0 <= token < vocab_size), None)
+    if outside is not None:
+        raise ConfigError(
+            f"prompt token id {outside} is outside the model's vocabulary of {vocab_size}; a tokenizer with "
+            "added "
+            "tokens needs a model resized for them"
+        )
     if not ids:
         raise ConfigError(f"the prompt {prompt!r} has no tokens; there is nothing to continue")
     return Encoded(ids, start_phase(tail, delimiters, vocabulary), tail)

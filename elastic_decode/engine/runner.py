@@ -17,6 +17,7 @@ from elastic_decode.engine.intake import Intake
 from elastic_decode.engine.output_ring import Flight, OutputRing
 from elastic_decode.engine.scheduler import Scheduler
 from elastic_decode.engine.sequence import Group, Sequence, Stage
+from elastic_decode.errors import ConfigError
 from elastic_decode.kernels.budget.layout import Finish, State
 
 
@@ -26,6 +27,10 @@ def interrupts_held() -> Iterator[None]:
     used again.
     """
     if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # not set from Python (or Python is going): not ours to replace
+    if signal.getsignal(signal.SIGINT) is None:
         yield
         return
     caught: list[tuple[int, Any]] = []
@@ -69,6 +74,8 @@ class Runner:
         return not self.groups
 
     def add(self, group: Group) -> None:
+        if group.request_id in self.groups:
+            raise ConfigError(f"request_id {group.request_id!r} is already in use by a running request")
         group.sink.open_groups += 1
         self.groups[group.request_id] = group
         self.scheduler.add(group)
@@ -77,8 +84,6 @@ class Runner:
             if sequence.state_row[State.FINISH] != Finish.RUNNING:
                 self.delivery.finish(sequence, "budget")
                 self._retire(sequence)
-        if group.sequences and group.unfinished == 0:
-            self.groups.pop(group.request_id, None)
 
     def advance(self) -> None:
         """One turn. Raises what a kernel raises, after every running request has been aborted and its pages
@@ -92,8 +97,9 @@ class Runner:
 
     def abort(self, group: Group) -> None:
         """End every sample of a group that has not ended, keeping what it has."""
-        if self.groups.pop(group.request_id, None) is None:
+        if self.groups.get(group.request_id) is not group:
             return
+        del self.groups[group.request_id]
         for sequence in group.sequences:
             if sequence.finish_reason is None and sequence.stage is not Stage.DONE:
                 self.delivery.finish(sequence, "abort")
@@ -154,5 +160,6 @@ class Runner:
 
     def _retire(self, sequence: Sequence) -> None:
         self.scheduler.retire(sequence)
-        if sequence.group.unfinished == 0:
-            self.groups.pop(sequence.group.request_id, None)
+        group = sequence.group
+        if group.unfinished == 0 and self.groups.get(group.request_id) is group:
+            del self.groups[group.request_id]

@@ -184,7 +184,8 @@ class Scheduler:
     def _activate(self, sequence: Sequence) -> None:
         group = sequence.group
         sequence.slot = self._free_slots.pop()
-        sequence.weight_epoch = self.epoch
+        # A branch goes on with its root's thought: the weights that began it are what it is labelled with.
+        sequence.weight_epoch = group.sequences[0].weight_epoch if sequence.known_output else self.epoch
         self.active[sequence.slot] = sequence
         if sequence.end_requested:
             sequence.state_row[State.END_REQUESTED] = 1
@@ -216,7 +217,10 @@ class Scheduler:
         if group.epoch == self.epoch:
             full = min(sequence.computed // pool.page_size, len(group.keys))
             pool.index(sequence.pages[:full], group.keys[:full])
-        if group.siblings:
+        if group.siblings and sequence.weight_epoch != self.epoch:
+            self.waiting.extendleft(reversed(group.siblings))
+            group.siblings = []
+        elif group.siblings:
             length = len(group.prompt_ids) - 1
             group.source = Source(sequence.pages[: pool.pages_for(length)], length)
             pool.hold(group.source.pages)
@@ -234,6 +238,12 @@ class Scheduler:
         if group.sharers == 0 and group.source is not None:
             self._pool.release(group.source.pages)
             group.source = None
+
+    def new_weights(self) -> None:
+        """Keys and values of the old weights begin nothing any more: no prefix, no waiting sample."""
+        self.epoch += 1
+        self._pool.clear_index()
+        self._drop_sources()
 
     def _drop_sources(self) -> None:
         """Give up what waiting samples would have shared; they compute their prompts again."""

@@ -29,32 +29,44 @@ def decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
 
 
 class TextStream:
-    """Feeds on token ids, yields what each adds to the text. All pieces and the final `flush` joined are
-    `decode` of all ids.
+    """Feeds on token ids, yields what each adds to the text.
+
+    All pieces and the final `flush` joined are the text of all ids. What is out stays out: where a tokenizer
+    turns a run of byte pieces into replacement characters until its last character is whole (sentencepiece's
+    byte fallback), nothing comes out meanwhile.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._start = 0  # the window decoded again for each token begins here
-        self._shown = 0  # characters of the window's text that are out
+        self._shown = ""  # the part of the window's text that is out
+        self._whole = 0  # how many ids had been seen when the text was last as expected
 
     def push(self, token_id: int) -> str:
         self._ids.append(token_id)
         text = decode(self._tokenizer, self._ids[self._start :])
+        if not text.startswith(self._shown):
+            if len(self._ids) - self._whole <= _OPEN_CHARACTER:
+                return ""
+            # No character is that long: these bytes are none, so what follows is read without what was
+            # before.
+            self._start, self._shown = self._whole, ""
+            text = decode(self._tokenizer, self._ids[self._start :])
+        self._whole = len(self._ids)
         held = min(len(text) - len(text.rstrip(REPLACEMENT)), _OPEN_CHARACTER)
-        ready = max(len(text) - held, self._shown)
-        piece = text[self._shown : ready]
-        self._shown = ready
-        if len(self._ids) - self._start > _WINDOW:
+        ready = max(len(text) - held, len(self._shown))
+        piece = text[len(self._shown) : ready]
+        self._shown = text[:ready]
+        if len(self._ids) - self._start > _WINDOW and ready == len(text):
             self._slide(text)
         return piece
 
     def flush(self) -> str:
         """The rest: an incomplete character at the end of the output shows as a replacement character."""
         text = decode(self._tokenizer, self._ids[self._start :])
-        piece = text[self._shown :]
-        self._shown = len(text)
+        piece = text[len(self._shown) :] if text.startswith(self._shown) else REPLACEMENT
+        self._shown += piece
         return piece
 
     def _slide(self, text: str) -> None:
@@ -62,10 +74,18 @@ class TextStream:
         for context in range(_CONTEXT, 2 * _CONTEXT):
             start = len(self._ids) - context
             tail = decode(self._tokenizer, self._ids[start:])
-            skipped = len(text) - len(tail)
-            if text.endswith(tail) and skipped <= self._shown:
-                self._start, self._shown = start, self._shown - skipped
+            if tail and text.endswith(tail):
+                self._start, self._shown = start, tail
                 return
+
+
+def text_of(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+    """The text of a finished output, the same whether it was streamed or not."""
+    text = decode(tokenizer, token_ids)
+    if not text.endswith(REPLACEMENT):
+        return text
+    stream = TextStream(tokenizer)
+    return "".join([stream.push(token) for token in token_ids]) + stream.flush()
 
 
 class StopScanner:
