@@ -82,7 +82,7 @@ static void bind_paged_attention(py::module_& m) {
   m.def("paged_attention",
         [](std::uintptr_t q, int q_dtype, std::uintptr_t k_cache, std::uintptr_t v_cache, int kv_dtype,
            std::uintptr_t page_table, std::uintptr_t seq_lens, std::uintptr_t query_start, std::uintptr_t out,
-           int num_tokens, int num_rows, int max_pages, int num_heads, int num_kv_heads, int head_dim,
+           int num_tokens, int num_rows, int table_stride, int num_heads, int num_kv_heads, int head_dim,
            int page_size, float scale, int window) {
           const elastic_decode::PagedAttentionCall call{as<void>(q),
                                                         as<void>(k_cache),
@@ -95,7 +95,7 @@ static void bind_paged_attention(py::module_& m) {
                                                         as<void>(out),
                                                         num_tokens,
                                                         num_rows,
-                                                        max_pages,
+                                                        table_stride,
                                                         num_heads,
                                                         num_kv_heads,
                                                         head_dim,

@@ -50,7 +50,7 @@ void rope(const RopeArgs& args, DType dtype, DType cache_dtype);
 
 // ---- paged_attention ----
 
-// Shapes as in kernels/paged_attention/__init__.py; everything contiguous.
+// Shapes as in kernels/paged_attention/__init__.py.
 struct PagedAttentionCall {
   const void* q;
   const void* k_cache;
@@ -60,7 +60,7 @@ struct PagedAttentionCall {
   const std::int32_t* seq_lens;
   const std::int32_t* query_start;
   void* out;
-  int num_tokens, num_rows, max_pages, num_heads, num_kv_heads, head_dim, page_size;
+  int num_tokens, num_rows, table_stride, num_heads, num_kv_heads, head_dim, page_size;
   float scale;
   int window;  // 0: none
 

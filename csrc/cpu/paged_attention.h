@@ -14,10 +14,10 @@
 
 namespace elastic_decode::attention {
 
-constexpr int kSplit = 256;    // keys that share one softmax maximum
-constexpr int kTileRows = 64;  // (query, head) pairs a tile aims at in prefill
-constexpr int kKeyBlock = 32;  // keys packed at a time: the packed block stays in the first-level cache
-constexpr int kLanes = 16;     // floats in a Lanes value, whatever the registers are
+constexpr int kSplit = 256;     // keys that share one softmax maximum
+constexpr int kTileRows = 128;  // (query, head) pairs a tile aims at in prefill
+constexpr int kKeyBlock = 32;   // keys packed at a time: the packed block stays in the first-level cache
+constexpr int kLanes = 16;      // floats in a Lanes value, whatever the registers are
 
 using Call = PagedAttentionCall;
 

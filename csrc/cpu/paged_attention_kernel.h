@@ -70,7 +70,7 @@ struct Attention {
   // The row of a token of the tile's sequence.
   static const char* find_row(const Call& call, const Tile& tile, const void* cache, int position) {
     const std::int64_t page =
-        call.page_table[static_cast<std::int64_t>(tile.row) * call.max_pages + position / call.page_size];
+        call.page_table[static_cast<std::int64_t>(tile.row) * call.table_stride + position / call.page_size];
     const std::int64_t token = page * call.page_size + position % call.page_size;
     const std::int64_t head = token * call.num_kv_heads + tile.kv_head;
     return static_cast<const char*>(cache) + head * call.head_dim * static_cast<std::int64_t>(sizeof(KV));
@@ -226,7 +226,15 @@ struct Attention {
       }
       for (int r = from * group; r < to * group; r += kRowsAtOnce) {
         const int count = to * group - r < kRowsAtOnce ? to * group - r : kRowsAtOnce;
-        weigh_block(w, r, count, group, begin, first, end, partials, stride);
+        const int oldest = r / group, newest_query = (r + count - 1) / group;
+        if (w.end[oldest] >= begin + kKeyBlock &&
+            w.first[newest_query] <= begin) {  // every row sees all of it
+          with_rows(count, [&](auto n) {
+            weigh_packed<n()>(w, r, begin, 0, kKeyBlock / kUnitKeys, partials, stride);
+          });
+        } else {
+          weigh_block(w, r, count, group, begin, first, end, partials, stride);
+        }
       }
     }
   }

@@ -51,16 +51,11 @@ ELASTIC_INLINE Lanes mul_add(Lanes a, Lanes b, Lanes c) {
 ELASTIC_INLINE Lanes max(Lanes a, Lanes b) {
   return {_mm512_max_ps(a.v, b.v)};
 }
-// value where x >= bound or x is NaN, else 0
-ELASTIC_INLINE Lanes zero_below(Lanes x, float bound, Lanes value) {
-  const __mmask16 keep = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(bound), _CMP_NLT_UQ);
-  return {_mm512_maskz_mov_ps(keep, value.v)};
-}
-// value * 2^power, power being the integer in the low bits of a float shifted by 1.5 * 2^23; the result must
-// be normal
-ELASTIC_INLINE Lanes scale_by_shifted(Lanes value, Lanes shifted) {
-  const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23);
-  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(value.v), exponent))};
+// value * 2^n for an integer n, given with the x <= 0 of e^x and with n + 1.5 * 2^23, which holds n in its
+// low bits.
+constexpr float kLeastExponent = -104.0f;  // e^x rounds to 0 below
+ELASTIC_INLINE Lanes scale_exp(Lanes, Lanes value, Lanes n, Lanes) {
+  return {_mm512_scalef_ps(value.v, n.v)};
 }
 // Lanes first <= i < end of x; the others get fill.
 ELASTIC_INLINE Lanes keep_range(Lanes x, int first, int end, float fill) {
@@ -162,18 +157,14 @@ ELASTIC_INLINE Lanes mul_add(Lanes a, Lanes b, Lanes c) {
 ELASTIC_INLINE Lanes max(Lanes a, Lanes b) {
   return {{_mm256_max_ps(a.v[0], b.v[0]), _mm256_max_ps(a.v[1], b.v[1])}};
 }
-ELASTIC_INLINE __m256 zero_below_half(__m256 x, float bound, __m256 value) {
-  return _mm256_and_ps(_mm256_cmp_ps(x, _mm256_set1_ps(bound), _CMP_NLT_UQ), value);
-}
-ELASTIC_INLINE Lanes zero_below(Lanes x, float bound, Lanes value) {
-  return {{zero_below_half(x.v[0], bound, value.v[0]), zero_below_half(x.v[1], bound, value.v[1])}};
-}
-ELASTIC_INLINE __m256 scale_half(__m256 value, __m256 shifted) {
+constexpr float kLeastExponent = -87.0f;  // 2^n is put together from its bits: normal numbers only, 0 below
+ELASTIC_INLINE __m256 scale_half(__m256 x, __m256 value, __m256 shifted) {
   const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
-  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(value), exponent));
+  const __m256 scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(value), exponent));
+  return _mm256_and_ps(_mm256_cmp_ps(x, _mm256_set1_ps(kLeastExponent), _CMP_NLT_UQ), scaled);
 }
-ELASTIC_INLINE Lanes scale_by_shifted(Lanes value, Lanes shifted) {
-  return {{scale_half(value.v[0], shifted.v[0]), scale_half(value.v[1], shifted.v[1])}};
+ELASTIC_INLINE Lanes scale_exp(Lanes x, Lanes value, Lanes, Lanes shifted) {
+  return {{scale_half(x.v[0], value.v[0], shifted.v[0]), scale_half(x.v[1], value.v[1], shifted.v[1])}};
 }
 ELASTIC_INLINE __m256 keep_half(__m256 x, int lane0, int first, int end, float fill) {
   const __m256i lane = _mm256_add_epi32(_mm256_set1_epi32(lane0), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -285,11 +276,14 @@ ELASTIC_INLINE Quad select_quad(QuadInt mask, Quad yes, Quad no) {
 ELASTIC_INLINE Lanes max(Lanes a, Lanes b) {
   ELASTIC_EACH_QUAD(select_quad((QuadInt)(a.v[i] > b.v[i]), a.v[i], b.v[i]));
 }
-ELASTIC_INLINE Lanes zero_below(Lanes x, float bound, Lanes value) {
-  ELASTIC_EACH_QUAD((Quad)(~(QuadInt)(x.v[i] < splat_quad(bound)) & (QuadInt)value.v[i]));
-}
-ELASTIC_INLINE Lanes scale_by_shifted(Lanes value, Lanes shifted) {
-  ELASTIC_EACH_QUAD((Quad)((QuadInt)value.v[i] + ((QuadInt)shifted.v[i] << 23)));
+constexpr float kLeastExponent = -87.0f;  // 2^n is put together from its bits: normal numbers only, 0 below
+ELASTIC_INLINE Lanes scale_exp(Lanes x, Lanes value, Lanes, Lanes shifted) {
+  Lanes r;
+  for (int i = 0; i < 4; ++i) {
+    const QuadInt scaled = (QuadInt)value.v[i] + ((QuadInt)shifted.v[i] << 23);
+    r.v[i] = (Quad)(~(QuadInt)(x.v[i] < splat_quad(kLeastExponent)) & scaled);
+  }
+  return r;
 }
 ELASTIC_INLINE Lanes keep_range(Lanes x, int first, int end, float fill) {
   Lanes r;
@@ -340,10 +334,10 @@ ELASTIC_INLINE float max_lanes(Lanes a) {
 
 #endif
 
-// e^x for x <= 0 within 2 units in the last place; 0 below -87; NaN stays NaN. The polynomial is exp_float's
-// (simd.h).
+// e^x for x <= 0 within 2 units in the last place; 0 for -inf and what rounds to it; NaN stays NaN.
+// exp_float's polynomial (simd.h).
 ELASTIC_INLINE Lanes exp_nonpositive(Lanes x) {
-  const Lanes clamped = max(splat(-87.0f), x);
+  const Lanes clamped = max(splat(kLeastExponent), x);
   const Lanes shift = splat(12582912.0f);
   const Lanes shifted = mul_add(clamped, splat(1.44269504f), shift);
   const Lanes n = sub(shifted, shift);
@@ -354,6 +348,7 @@ ELASTIC_INLINE Lanes exp_nonpositive(Lanes x) {
   p = mul_add(p, r, splat(0.0416683944f));
   p = mul_add(p, r, splat(0.166665201f));
   p = mul_add(p, r, splat(0.499999934f));
-  p = add(mul_add(p, mul(r, r), r), splat(1.0f));
-  return zero_below(x, -87.0f, scale_by_shifted(p, shifted));
+  p = mul_add(p, r, splat(1.0f));
+  p = mul_add(p, r, splat(1.0f));
+  return scale_exp(x, p, n, shifted);
 }

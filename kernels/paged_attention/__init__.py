@@ -30,7 +30,8 @@ def paged_attention(
     v_cache      [num_pages, page_size, Hkv, D] float, of q's dtype or another; Hq is a multiple of Hkv, query
                  head h reads kv head h // (Hq / Hkv). The new tokens' own keys and values are already in them
     page_table   int32 [R, max_pages]: token j of row r is in page page_table[r, j // page_size] at offset
-                 j % page_size; entries that hold none of the seq_len tokens may be anything
+                 j % page_size; entries past the seq_len tokens may be anything. May be the first
+                 columns of a wider table; all other tensors are contiguous
     seq_lens     int32 [R]: tokens of the row, the new ones included
     query_start  int32 [R + 1]: row r's n_r queries are tokens query_start[r]:query_start[r + 1], at positions
                  seq_lens[r] - n_r … seq_lens[r] - 1. n_r = 1 is decode, n_r > 1 (chunked) prefill
@@ -110,7 +111,9 @@ def _check(
     device = q.device
     check_tensor("k_cache", k_cache, (None, None, None, head_dim), FLOAT_DTYPES, device)
     check_tensor("v_cache", v_cache, k_cache.shape, k_cache.dtype, device)
-    check_tensor("page_table", page_table, (None, None), torch.int32, device)
+    check_tensor("page_table", page_table, (None, None), torch.int32, device, contiguous=False)
+    if page_table.shape[1] > 1 and page_table.stride(1) != 1:
+        raise ValueError(f"the rows of page_table must be contiguous, got strides {page_table.stride()}")
     num_rows = page_table.shape[0]
     check_tensor("seq_lens", seq_lens, (num_rows,), torch.int32, device)
     check_tensor("query_start", query_start, (num_rows + 1,), torch.int32, device)

@@ -23,7 +23,6 @@ def paged_attention(
     """See the package's `paged_attention`. CPU tensors; q and the cache float32 or bfloat16."""
     num_tokens, num_heads, head_dim = q.shape
     _, page_size, num_kv_heads, _ = k_cache.shape
-    num_rows, max_pages = page_table.shape
     if out is None:
         out = torch.empty_like(q)
     _C.cpu.paged_attention(
@@ -37,8 +36,8 @@ def paged_attention(
         query_start.data_ptr(),
         out.data_ptr(),
         num_tokens,
-        num_rows,
-        max_pages,
+        len(seq_lens),
+        page_table.stride(0),
         num_heads,
         num_kv_heads,
         head_dim,

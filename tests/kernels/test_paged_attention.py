@@ -185,6 +185,15 @@ def test_windows(window: int, dtype: torch.dtype) -> None:
     check(make_case(rows, heads=4, kv_heads=2, head_dim=32, dtype=dtype), window)
 
 
+def test_page_table_may_be_part_of_a_wider_one() -> None:
+    case = make_case(MIXED, heads=2, kv_heads=1, head_dim=32)
+    expected = case.run()
+    wide = torch.full((len(MIXED), case.page_table.shape[1] + 7), -9, dtype=torch.int32)
+    wide[:, : case.page_table.shape[1]] = case.page_table
+    case.page_table = wide[:, : case.page_table.shape[1] - 2]
+    assert torch.equal(case.run(), expected)
+
+
 def test_scale_given() -> None:
     case = make_case([(40, 3)], heads=2, kv_heads=1, head_dim=32)
     scaled = make_case([(40, 3)], heads=2, kv_heads=1, head_dim=32)
@@ -352,6 +361,7 @@ WRONG = [
     ("v_cache", lambda x: x.bfloat16(), TypeError, "v_cache"),
     ("page_table", lambda x: x.long(), TypeError, "page_table"),
     ("page_table", lambda x: x[:, :2].contiguous(), ValueError, "hold"),
+    ("page_table", lambda x: x.t().contiguous().t(), ValueError, "contiguous"),
     ("page_table", lambda x: x * 0 - 1, ValueError, "page -1"),
     ("page_table", lambda x: x * 0 + 99, ValueError, "page 99"),
     ("seq_lens", lambda x: x[:1], ValueError, "seq_lens"),
