@@ -13,7 +13,7 @@ from elastic_decode.budgets import Policy, truncate
 from elastic_decode.config import EngineConfig, ModelConfig
 from elastic_decode.core import Budget, Generation, Request, SamplingParams, TokenEvent
 from elastic_decode.delimiters import Delimiters, resolve
-from elastic_decode.engine.build import build
+from elastic_decode.engine.build import build, check_device
 from elastic_decode.engine.delivery import Sink
 from elastic_decode.engine.prompts import as_prompt_list, one_each
 from elastic_decode.engine.runner import interrupts_held
@@ -85,12 +85,11 @@ class Engine:
         `think_open`, `think_close` and `eos_ids` override what tokenizer, chat template and generation_config
         say. Raises CheckpointError, UnsupportedModel, DelimiterError or ConfigError.
         """
-        from transformers import AutoTokenizer  # slow to import, and `from_model` does not need it
-
         config = config or EngineConfig()
+        check_device(config.device)
         folder = hub.resolve(path_or_id)
         model = ModelConfig.from_hf(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = hub.tokenizer(folder)
         delimiters = resolve(
             tokenizer,
             generation_config=hub.generation_config(folder),
@@ -123,6 +122,7 @@ class Engine:
         `EngineConfig.prefix_cache=True`.
         """
         config = config or EngineConfig()
+        check_device(config.device)
         shape = ModelConfig.from_hf(model.config)
         stored = str(next(model.parameters()).dtype).removeprefix("torch.")
         delimiters = resolve(

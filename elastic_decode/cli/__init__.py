@@ -1,5 +1,6 @@
-"""The command line: `elastic-decode generate|demo|info`. Exit codes: 0 done, 1 failed, 2 wrong usage, 130
-interrupted.
+"""The command line: `elastic-decode generate|demo|info`.
+
+Exit codes: 0 done, 1 failed (a message says why), 2 arguments that do not parse, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from collections.abc import Sequence
 from elastic_decode.cli import demo, generate, info
 from elastic_decode.errors import ElasticDecodeError
 
-_DESCRIPTION = r"""\ Decode reasoning models under separate budgets: at most --think sampled tokens of
-thinking, then the model's own close or a forced one, then at most --solve sampled tokens of solution.
+_DESCRIPTION = """Decode reasoning models under separate budgets: at most --think sampled tokens of thinking,
+then the model's own close or a forced one, then at most --solve sampled tokens of solution.
 """
 
 

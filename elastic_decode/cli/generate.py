@@ -29,10 +29,10 @@ from elastic_decode.errors import ConfigError
 if TYPE_CHECKING:
     from elastic_decode.budgets import Policy
 
-_EPILOG = r"""\ examples: elastic-decode generate tiny -p "4 4 8 = 24" --think 15 --solve 8 elastic-decode
-generate Qwen/Qwen3-0.6B --chat -p "Why is the sky blue?" --think 256 --solve 256 --temperature 0.6
-elastic-decode generate ./model -i problems.jsonl -o answers.jsonl --chat --think 1024 --solve 1024 -n 8
---seed 1
+_EPILOG = """examples:
+  elastic-decode generate tiny --chat -p "4 4 8 = 24" --think 15 --solve 8
+  elastic-decode generate Qwen/Qwen3-0.6B --chat -p "Why is the sky blue?" --think 256 --solve 256
+  elastic-decode generate ./model -i problems.jsonl -o answers.jsonl --chat --think 1024 --solve 1024 -n 8
 
 JSONL input: one object a line with "prompt" (a string or token ids) or "messages" (a chat); "id", "think",
 "solve" and "seed" are optional and override the flags. JSONL output: one object a prompt, as it finishes,
@@ -102,14 +102,21 @@ def _jobs(arguments: argparse.Namespace) -> list[Job]:
         jobs.append(Job(len(jobs), prompt, policy, sampling))
     if arguments.input is not None:
         piped = arguments.input == "-"
-        text = sys.stdin.read() if piped else Path(arguments.input).read_text(encoding="utf-8")
-        for number, line in enumerate(text.splitlines(), 1):
+        data = sys.stdin.read() if piped else _read(Path(arguments.input))
+        for number, line in enumerate(data.split("\n"), 1):  # only these end a record: JSON may hold U+2028
             if line.strip():
                 where = f"{'standard input' if piped else arguments.input}:{number}"
                 jobs.append(_job(line, where, len(jobs), arguments, policy, sampling))
     if not jobs:
         raise ConfigError("nothing to do: give --prompt TEXT or --input FILE.jsonl")
     return jobs
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8: {error}") from None
 
 
 def _job(
@@ -130,16 +137,18 @@ def _job(
         )
     if ("prompt" in record) == ("messages" in record):
         raise ConfigError(f"{where}: needs either 'prompt' or 'messages'")
-    if "think" in record or "solve" in record:
-        if arguments.policy != "elastic":
-            raise ConfigError(f"{where}: 'think' and 'solve' in a record go with --policy elastic")
-        budget: Policy | Budget = Budget(
-            record.get("think", arguments.think), record.get("solve", arguments.solve)
-        )
-    else:
-        budget = policy
-    if "seed" in record:
-        sampling = dataclasses.replace(sampling, seed=record["seed"])
+    if "messages" in record and not isinstance(record["messages"], list):
+        raise ConfigError(f"{where}: 'messages' must be a list of objects with 'role' and 'content'")
+    budget: Policy | Budget = policy
+    try:
+        if "think" in record or "solve" in record:
+            if arguments.policy != "elastic":
+                raise ConfigError("'think' and 'solve' in a record go with --policy elastic")
+            budget = Budget(record.get("think", arguments.think), record.get("solve", arguments.solve))
+        if "seed" in record:
+            sampling = dataclasses.replace(sampling, seed=record["seed"])
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
     prompt = record.get("messages", record.get("prompt"))
     if arguments.chat and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
@@ -221,6 +230,8 @@ def _out(arguments: argparse.Namespace) -> AbstractContextManager[IO[str]]:
     if arguments.output is None:
         return nullcontext(sys.stdout)
     path = Path(arguments.output)
+    if path.is_dir():
+        raise ConfigError(f"--output {path} is a folder; name a file")
     if path.exists() and path.stat().st_size > 0 and not arguments.overwrite:
         raise ConfigError(f"{path} exists; choose another --output, or pass --overwrite to replace it")
     return path.open("w", encoding="utf-8")

@@ -65,15 +65,13 @@ def collect(model: str | None) -> dict[str, Any]:
 
 
 def _describe(name: str) -> dict[str, Any]:
-    from transformers import AutoTokenizer
-
     from elastic_decode.config import ModelConfig
     from elastic_decode.delimiters import resolve
     from elastic_decode.models import hub
 
     folder = hub.resolve(options.checkpoint(name))
     shape = ModelConfig.from_hf(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = hub.tokenizer(folder)
     delimiters = resolve(tokenizer, generation_config=hub.generation_config(folder))
 
     def marker(value: Any) -> Any:

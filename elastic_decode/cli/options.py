@@ -61,33 +61,35 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
         choices=POLICIES,
         default="elastic",
         help="elastic: T, then the close is forced, then S; truncate: --total for everything; "
-        "budget-forcing: S1, early closes "
-        "become --wait; soft-landing: after T, at the next newline within --grace; wrap-up: --text before "
-        "the forced close; "
-        "no-thinking: T = 0 (default: elastic)",
+        "budget-forcing: S1, early closes become --wait; soft-landing: after T, at the next newline within "
+        "--grace; wrap-up: "
+        "--text "
+        "before the forced close; no-thinking: T = 0 (default: elastic)",
     )
+    group.add_argument("--total", type=token_count, metavar="N", help="truncate: the whole output's budget")
+    group.add_argument("--waits", type=int, metavar="N", help="budget-forcing: how often (default: 1)")
+    group.add_argument("--wait", metavar="TEXT", help="budget-forcing: instead of the close (default: Wait)")
     group.add_argument(
-        "--total", type=token_count, default=None, metavar="N", help="truncate: the whole output's budget"
-    )
-    group.add_argument(
-        "--waits", type=int, default=1, metavar="N", help="budget-forcing: how often (default: 1)"
-    )
-    group.add_argument(
-        "--wait", default="Wait", metavar="TEXT", help="budget-forcing: what to say instead of the close"
-    )
-    group.add_argument(
-        "--final", default="Final Answer:", metavar="TEXT", help="budget-forcing: what opens the solution"
+        "--final", metavar="TEXT", help="budget-forcing: what opens the solution (default: Final Answer:)"
     )
     group.add_argument(
         "--newline",
-        default="\n",
         metavar="TEXT",
         help="budget-forcing: what stands before a forced close (default: a newline; '' for none)",
     )
     group.add_argument(
-        "--grace", type=int, default=64, metavar="N", help="soft-landing: tokens to find a newline in"
+        "--grace", type=int, metavar="N", help="soft-landing: tokens to find a newline in (default: 64)"
     )
-    group.add_argument("--text", default=None, metavar="TEXT", help="wrap-up: the sentence before the close")
+    group.add_argument("--text", metavar="TEXT", help="wrap-up: the sentence before the close")
+
+
+# Which flags belong to which policy; --think and --solve go with all others.
+_OWN_FLAGS = {
+    "truncate": ("total",),
+    "budget-forcing": ("waits", "wait", "final", "newline"),
+    "soft-landing": ("grace",),
+    "wrap-up": ("text",),
+}
 
 
 def policy_of(arguments: argparse.Namespace) -> Policy:
@@ -95,8 +97,15 @@ def policy_of(arguments: argparse.Namespace) -> Policy:
     from elastic_decode import budgets  # imports torch: not for --help
 
     name, think, solve = arguments.policy, arguments.think, arguments.solve
-    if arguments.total is not None and name != "truncate":
-        raise ConfigError(f"--total belongs to --policy truncate; {name} takes --think and --solve")
+    for owner, flags in _OWN_FLAGS.items():
+        for flag in flags:
+            if owner != name and getattr(arguments, flag) is not None:
+                raise ConfigError(f"--{flag} belongs to --policy {owner}, and the policy is {name}")
+    own = {
+        flag: getattr(arguments, flag)
+        for flag in ("wait", "final", "newline")
+        if getattr(arguments, flag) is not None
+    }
     if name == "truncate" and (think is not None or solve is not None):
         raise ConfigError(
             "--policy truncate has one budget for everything: give --total, not --think or --solve"
@@ -109,14 +118,11 @@ def policy_of(arguments: argparse.Namespace) -> Policy:
         "elastic": lambda: budgets.elastic(think, solve),
         "truncate": lambda: budgets.truncate(arguments.total),
         "budget-forcing": lambda: budgets.budget_forcing(
-            think,
-            solve,
-            arguments.waits,
-            wait=arguments.wait,
-            final=arguments.final,
-            newline=arguments.newline,
+            think, solve, 1 if arguments.waits is None else arguments.waits, **own
         ),
-        "soft-landing": lambda: budgets.soft_landing(think, arguments.grace, solve),
+        "soft-landing": lambda: budgets.soft_landing(
+            think, 64 if arguments.grace is None else arguments.grace, solve
+        ),
         "wrap-up": lambda: budgets.wrap_up(think, arguments.text, solve),
         "no-thinking": lambda: budgets.no_thinking(solve),
     }

@@ -25,6 +25,12 @@ from elastic_decode.models.weights import choose_dtype
 from elastic_decode.vocabulary import vocabulary_bytes
 
 
+def check_device(name: str) -> None:
+    """Raises ConfigError where torch has no such device here."""
+    if torch.device(name).type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r}: no CUDA device is available to torch here; use device='cpu'")
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
     """What an Engine holds of its inside. `max_model_len` is the resolved one."""

@@ -59,3 +59,16 @@ def generation_config(folder: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+
+
+def tokenizer(folder: Path) -> Any:
+    """The tokenizer at `folder`. Raises CheckpointError where it is missing or cannot be read."""
+    from transformers import AutoTokenizer  # slow to import, and a live module comes with its own
+
+    known = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tokenizer_config.json")
+    if not any((folder / name).is_file() for name in known):
+        raise CheckpointError(f"{folder} has no tokenizer: none of {', '.join(known)} is there")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # every tokenizer class has its own ways to fail on a broken file
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error

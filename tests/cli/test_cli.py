@@ -169,6 +169,11 @@ def test_every_policy_by_name(run, flags, check):
         (["generate", "tiny", "-p", "x", "--temperature", "-1"], 1, "temperature"),
         (["generate", "tiny", "-p", "x", "--policy", "truncate", "--think", "4"], 1, "--total"),
         (["generate", "tiny", "-p", "x", "--policy", "wrap-up"], 1, "--text"),
+        (["generate", "tiny", "-p", "x", "--wait", "hm"], 1, "--wait belongs to --policy budget-forcing"),
+        (["generate", "tiny", "-p", "x", "--device", "cuda:7"], 1, "cuda"),
+        (["generate", "tiny", "-p", "x", "--backend", "flashinfer"], 1, "flashinfer"),
+        (["generate", "tiny", "-p", "x", "--top-k", "9999999999999"], 1, "top_k"),
+        (["generate", "tiny", "-p", "x", "--jsonl", "-o", "."], 1, "folder"),
         (["generate", "tiny", "-p", "x", "--frobnicate"], 2, "frobnicate"),
         (["generate", "tiny", "-p", "x", "--kv-memory", "lots"], 1, "kv_memory"),
         (["generate", "tiny", "-p", "x", "--backend", "quantum"], 1, "quantum"),
@@ -189,7 +194,9 @@ def test_bad_usage_says_what_is_wrong(run, arguments, code, message):
         ("[1]", "expected an object"),
         ('{"prompt": "x", "thinks": 4}', "unknown field 'thinks'"),
         ('{"id": 4}', "either 'prompt' or 'messages'"),
-        ('{"prompt": "x", "think": -4}', "Budget.think"),
+        ('{"prompt": "x", "think": -4}', "in.jsonl:2: Budget.think"),
+        ('{"prompt": "x", "seed": "one"}', "in.jsonl:2: SamplingParams.seed"),
+        ('{"messages": "x"}', "'messages' must be a list"),
     ],
 )
 def test_bad_lines_are_named(run, tmp_path, line, message):
@@ -218,7 +225,19 @@ def test_help_teaches(run):
         code, out, _ = run(*arguments)
         assert code == 0
         assert "usage: elastic-decode" in out
-    assert "examples:" in run("generate", "--help")[1]
+    assert "examples:\n  elastic-decode generate tiny" in run("generate", "--help")[1]
+
+
+def test_jsonl_may_hold_any_unicode(run, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_bytes('\ufeff{"prompt": "1 1 1 = 3 \u2028"}\n'.encode())
+    code, out, err = run("generate", "tiny", "-i", source, "--jsonl", "--think", 2, "--solve", 2, *FAST)
+    assert code == 0, err
+    assert json.loads(out)["prompt"] == "1 1 1 = 3 \u2028"
+    source.write_bytes(b"\xff\xfe{}")
+    code, _, err = run("generate", "tiny", "-i", source, *FAST)
+    assert code == 1
+    assert "UTF-8" in err
 
 
 def test_help_is_quick_because_torch_is_not_imported():
