@@ -5,9 +5,9 @@
 Data: Countdown-lite (elastic_decode/tasks/countdown.py), made on the fly from the seed, train split only.
 Samples are `<bos> x y z = T <think> thought </think> o1 o2 <eos>`, the chat template's form; the loss starts
 after the prompt.
-- Thoughts are redundant on purpose, as those of reasoning models are: most go through all nine candidates
-  although one has succeeded, and most attempts are checked by repeating them. Training under a budget can
-  drop both.
+- Thoughts are redundant on purpose, as those of reasoning models are: three attempts in four are checked by
+  repeating them, and half of the thoughts go through all nine candidates although one has succeeded.
+  Reinforcement learning under a budget can drop both.
 - A share is cut at a random point, mid-attempt included, and closed there with a right answer: a forced close
   is in distribution wherever it falls. That close carries no loss, so the model does not learn to stop at
   random.
@@ -212,7 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "elastic_decode/assets/tiny")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--muon-lr", type=float, default=4e-3)
@@ -220,11 +220,11 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--mlp", type=int, default=256)
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--check", type=float, default=0.6, help="share of attempts that are checked")
+    parser.add_argument("--check", type=float, default=0.75, help="share of attempts that are checked")
     parser.add_argument(
-        "--exhaust", type=float, default=0.7, help="share of thoughts that go on after success"
+        "--exhaust", type=float, default=0.5, help="share of thoughts that go on after success"
     )
-    parser.add_argument("--cut", type=float, default=0.3, help="share of thoughts cut at a random point")
+    parser.add_argument("--cut", type=float, default=0.2, help="share of thoughts cut at a random point")
     parser.add_argument("--bare", type=float, default=0.02, help="share of samples without <think>")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

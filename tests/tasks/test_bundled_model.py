@@ -117,7 +117,7 @@ def test_the_model_opens_thoughts_itself(model, tokenizer):
 
 
 def test_thinking_is_worth_something(model, tokenizer, recipe):
-    problems = countdown.sample("test", 96, seed=0)
+    problems = countdown.sample("test", 192, seed=0)
     torch.manual_seed(0)
     accuracy = {}
     for budget in (0, 20, None):
@@ -125,6 +125,7 @@ def test_thinking_is_worth_something(model, tokenizer, recipe):
         assert budget is None or int(out.think_tokens.max()) <= budget
         right = sum(countdown.grade(p, s) for p, s in zip(problems, out.solutions, strict=True))
         accuracy[budget] = right / len(problems)
-    # The card's figures less three standard errors of 96 samples.
+    # The card's .649, .782 and .992, give or take three standard errors of 192 samples.
+    assert 0.55 < accuracy[0] < 0.75, accuracy
     assert accuracy[0] < accuracy[20] < accuracy[None], accuracy
-    assert accuracy[None] > 0.92, accuracy
+    assert accuracy[None] > 0.97, accuracy
