@@ -5,7 +5,7 @@ import torch
 from .. import _C
 from ..dtypes import CODES
 
-DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+_attend = _C.cpu.paged_attention
 
 
 def paged_attention(
@@ -25,7 +25,7 @@ def paged_attention(
     _, page_size, num_kv_heads, _ = k_cache.shape
     if out is None:
         out = torch.empty_like(q)
-    _C.cpu.paged_attention(
+    _attend(
         q.data_ptr(),
         CODES[q.dtype],
         k_cache.data_ptr(),
