@@ -30,14 +30,14 @@ struct Tile {
   int first_split, end_split;  // splits with a key that some query of the tile sees
 };
 
-// A partial result of a tile's row over one split: padded_dim floats of unnormalised output, then the maximum
-// and the sum of weights. The sum is 0 exactly where the row sees no key of the split.
 inline int padded_dim(const Call& call) {
   return (call.head_dim + kLanes - 1) / kLanes * kLanes;
 }
+// A partial result of a tile's row over one split: padded_dim floats of unnormalised output, then the maximum
+// and the sum of weights. The sum is 0 exactly where the row sees no key of the split.
 inline int partial_stride(const Call& call) {
-  return padded_dim(call) + kLanes;
-}  // keeps rows aligned
+  return padded_dim(call) + kLanes;  // a whole number of Lanes, which keeps rows aligned
+}
 
 // Working memory of one thread: grows, and is kept from call to call.
 class Scratch {

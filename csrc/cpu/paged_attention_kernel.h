@@ -122,8 +122,8 @@ struct Attention {
       total = add(total, p);
 #if ELASTIC_PAIRS
       if constexpr (kPairs) {
-        store_bfloat16(reinterpret_cast<std::uint16_t*>(scores) + j,
-                       p);  // behind the scores still to be read
+        // Half as wide, so always behind the scores still to be read.
+        store_bfloat16(reinterpret_cast<std::uint16_t*>(scores) + j, p);
         continue;
       }
 #endif
@@ -226,9 +226,8 @@ struct Attention {
       }
       for (int r = from * group; r < to * group; r += kRowsAtOnce) {
         const int count = to * group - r < kRowsAtOnce ? to * group - r : kRowsAtOnce;
-        const int oldest = r / group, newest_query = (r + count - 1) / group;
-        if (w.end[oldest] >= begin + kKeyBlock &&
-            w.first[newest_query] <= begin) {  // every row sees all of it
+        const bool whole = w.end[r / group] >= begin + kKeyBlock && w.first[(r + count - 1) / group] <= begin;
+        if (whole) {  // every row sees all of it
           with_rows(count, [&](auto n) {
             weigh_packed<n()>(w, r, begin, 0, kKeyBlock / kUnitKeys, partials, stride);
           });

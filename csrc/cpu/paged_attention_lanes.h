@@ -5,6 +5,9 @@
 // Every operation is one rounding a lane, the same in every function that uses it: no result depends on how a
 // compiler contracts or reorders.
 
+constexpr float kLeastExponent =
+    -87.0f;  // e^x is taken as 0 below: subnormal numbers are slow on some processors
+
 #if ELASTIC_LANES >= 256
 ELASTIC_INLINE float sum_eight(__m256 x) {
   __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -51,11 +54,11 @@ ELASTIC_INLINE Lanes mul_add(Lanes a, Lanes b, Lanes c) {
 ELASTIC_INLINE Lanes max(Lanes a, Lanes b) {
   return {_mm512_max_ps(a.v, b.v)};
 }
-// value * 2^n for an integer n, given with the x <= 0 of e^x and with n + 1.5 * 2^23, which holds n in its
-// low bits.
-constexpr float kLeastExponent = -104.0f;  // e^x rounds to 0 below
-ELASTIC_INLINE Lanes scale_exp(Lanes, Lanes value, Lanes n, Lanes) {
-  return {_mm512_scalef_ps(value.v, n.v)};
+// value * 2^n where x >= kLeastExponent or x is NaN, else 0. n is given as it is and plus 1.5 * 2^23, with
+// its low bits in place.
+ELASTIC_INLINE Lanes scale_exp(Lanes x, Lanes value, Lanes n, Lanes) {
+  const __mmask16 keep = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(kLeastExponent), _CMP_NLT_UQ);
+  return {_mm512_maskz_scalef_ps(keep, value.v, n.v)};
 }
 // Lanes first <= i < end of x; the others get fill.
 ELASTIC_INLINE Lanes keep_range(Lanes x, int first, int end, float fill) {
@@ -157,7 +160,6 @@ ELASTIC_INLINE Lanes mul_add(Lanes a, Lanes b, Lanes c) {
 ELASTIC_INLINE Lanes max(Lanes a, Lanes b) {
   return {{_mm256_max_ps(a.v[0], b.v[0]), _mm256_max_ps(a.v[1], b.v[1])}};
 }
-constexpr float kLeastExponent = -87.0f;  // 2^n is put together from its bits: normal numbers only, 0 below
 ELASTIC_INLINE __m256 scale_half(__m256 x, __m256 value, __m256 shifted) {
   const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
   const __m256 scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(value), exponent));
@@ -276,7 +278,6 @@ ELASTIC_INLINE Quad select_quad(QuadInt mask, Quad yes, Quad no) {
 ELASTIC_INLINE Lanes max(Lanes a, Lanes b) {
   ELASTIC_EACH_QUAD(select_quad((QuadInt)(a.v[i] > b.v[i]), a.v[i], b.v[i]));
 }
-constexpr float kLeastExponent = -87.0f;  // 2^n is put together from its bits: normal numbers only, 0 below
 ELASTIC_INLINE Lanes scale_exp(Lanes x, Lanes value, Lanes, Lanes shifted) {
   Lanes r;
   for (int i = 0; i < 4; ++i) {
@@ -334,14 +335,13 @@ ELASTIC_INLINE float max_lanes(Lanes a) {
 
 #endif
 
-// e^x for x <= 0 within 2 units in the last place; 0 for -inf and what rounds to it; NaN stays NaN.
-// exp_float's polynomial (simd.h).
+// e^x for x <= 0 within 2 units in the last place; 0 below kLeastExponent (where the steps are nonsense); NaN
+// stays NaN. exp_float's polynomial (simd.h).
 ELASTIC_INLINE Lanes exp_nonpositive(Lanes x) {
-  const Lanes clamped = max(splat(kLeastExponent), x);
   const Lanes shift = splat(12582912.0f);
-  const Lanes shifted = mul_add(clamped, splat(1.44269504f), shift);
+  const Lanes shifted = mul_add(x, splat(1.44269504f), shift);
   const Lanes n = sub(shifted, shift);
-  Lanes r = mul_add(n, splat(-0.693359375f), clamped);
+  Lanes r = mul_add(n, splat(-0.693359375f), x);
   r = mul_add(n, splat(2.12194440e-4f), r);
   Lanes p = splat(0.0013814459f);
   p = mul_add(p, r, splat(0.00836878122f));
