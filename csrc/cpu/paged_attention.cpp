@@ -96,7 +96,8 @@ namespace attention {
 
 // Few tiles: a thread takes one split of one, and the partial results are folded afterwards, in the order in
 // which one thread would have folded them.
-static void attend_by_splits(const Kernel& run, const Call& call, const std::vector<Tile>& tiles) {
+static void attend_by_splits(const Kernel& run, const Call& call, const std::vector<Tile>& tiles,
+                             int threads) {
   struct Piece {
     int tile, split;
     std::size_t offset;
@@ -115,16 +116,18 @@ static void attend_by_splits(const Kernel& run, const Call& call, const std::vec
   thread_local Scratch shared;
   float* partials = shared.take(total);
   const int num_pieces = static_cast<int>(pieces.size());
-#pragma omp parallel
-  {
-#pragma omp for schedule(dynamic, 1)
-    for (int i = 0; i < num_pieces; ++i) {
+  const auto attend = [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
       const Piece& piece = pieces[i];
       run.attend_split(call, tiles[piece.tile], piece.split, thread_scratch(), partials + piece.offset);
     }
-#pragma omp for schedule(static)
-    for (int i = 0; i < num_tiles; ++i) run.fold(call, tiles[i], thread_scratch(), partials + offsets[i]);
-  }
+  };
+  const auto fold = [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i)
+      run.fold(call, tiles[i], thread_scratch(), partials + offsets[i]);
+  };
+  parallel_ranges(num_pieces, threads, attend, 1);
+  parallel_ranges(num_tiles, threads, fold);
 }
 
 }  // namespace attention
@@ -146,12 +149,13 @@ void paged_attention(const PagedAttentionCall& call) {
   if (threads == 1) {
     for (const Tile& tile : tiles) run.attend(call, tile, thread_scratch());
   } else if (num_tiles < 4 * threads && splits > num_tiles) {
-    attend_by_splits(run, call, tiles);
+    attend_by_splits(run, call, tiles, threads);
   } else {
-    // Always a full team: OpenMP ends the threads that a smaller one leaves out. A row's last tiles are its
-    // longest.
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int i = num_tiles - 1; i >= 0; --i) run.attend(call, tiles[i], thread_scratch());
+    const auto attend = [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i)
+        run.attend(call, tiles[num_tiles - 1 - i], thread_scratch());  // a row's last tiles are its longest
+    };
+    parallel_ranges(num_tiles, threads, attend, 1);
   }
 }
 
