@@ -64,7 +64,8 @@ def run_engine(engine: Engine, prompts: torch.Tensor, new: int) -> float:
     while engine.has_work:
         events = len(engine.step())
         if started == 0.0:
-            if engine.stats()["sampled_tokens"] and not engine.stats()["waiting"]:
+            stats = engine.stats()
+            if not stats["waiting"] and not stats["prefilling"]:
                 started = time.perf_counter()  # every prompt is computed: from here on it is decoding
         else:
             count += events

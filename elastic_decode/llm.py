@@ -331,6 +331,7 @@ class Engine:
             ),
             "indexed_pages": pool.indexed,
             "running": len(active),
+            "prefilling": sum(sequence.computed < sequence.num_known - 1 for sequence in active),
             "waiting": len(runner.scheduler.waiting),
             "sampled_tokens": runner.delivery.sampled_tokens,
             "forced_tokens": runner.delivery.forced_tokens,
