@@ -105,6 +105,7 @@ def bench_shape(name: str, tokenizer: Any, arguments: argparse.Namespace) -> Non
         max_batch=max(arguments.batch),
         max_model_len=PROMPT + arguments.new + 8,
         kv_memory="1GiB",
+        prefill_tokens=PROMPT * max(arguments.batch),  # all rows begin to decode together
         horizon=arguments.horizon,
     )
     with Engine.from_model(model, tokenizer, config) as engine:
