@@ -7,7 +7,8 @@ from elastic_decode.kernels import _C, registry
 from elastic_decode.kernels.linear import linear
 from elastic_decode.kernels.testing import assert_close
 
-ISAS = [name for name, isa in _C.cpu.Isa.__members__.items() if int(isa) <= int(_C.cpu.isa())]
+BEST = _C.cpu.isa()
+ISAS = [name for name, isa in _C.cpu.Isa.__members__.items() if int(isa) <= int(BEST)]
 
 
 def variants() -> list:
@@ -26,7 +27,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     if isa:
         _C.cpu.limit_isa(_C.cpu.Isa.__members__[isa])
     yield name
-    _C.cpu.limit_isa(_C.cpu.Isa.avx512_bf16)
+    _C.cpu.limit_isa(BEST)
 
 
 @pytest.fixture
