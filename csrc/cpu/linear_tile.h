@@ -124,11 +124,12 @@ static ELASTIC_TILE ELASTIC_INLINE void tile(const LinearArgs& args, const Place
       if (at.valid >= i + 4) {
         Lanes::store(out + i, bias != nullptr ? Lanes::add(totals, bias + at.n + i) : totals);
       } else {
-        float each[4];
-        Lanes::store(each, totals);
-        for (std::int64_t l = i; l < at.valid; ++l) {
-          out[l] = from_float<Out>(bias != nullptr ? each[l - i] + to_float(bias[at.n + l]) : each[l - i]);
-        }
+        const std::int64_t last = at.valid - i;
+        Element biases[4] = {};
+        if (bias != nullptr) std::copy_n(bias + at.n + i, last, biases);
+        Out each[4];
+        Lanes::store(each, bias != nullptr ? Lanes::add(totals, biases) : totals);
+        std::copy_n(each, last, out + i);
       }
     }
   }
