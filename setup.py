@@ -1,7 +1,4 @@
-"""Builds the extension only (metadata is in pyproject.toml).
-
-C++ always, CUDA when ELASTIC_DECODE_CUDA=1 and nvcc is found.
-"""
+"""Builds the C++ extension only (metadata is in pyproject.toml); CUDA joins it when csrc/cuda has kernels."""
 
 import glob
 import os
