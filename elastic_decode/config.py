@@ -41,6 +41,7 @@ class EngineConfig:
     model's. kv_memory: bytes of KV pages. prefill_tokens: prompt tokens computed between two horizons.
     horizon: decode steps launched at a time. prefix_cache: reuse KV pages of equal prompt beginnings; None =
     on, but off for `Engine.from_model`.
+    batch_invariant: the CPU kernels always are; False will allow other devices faster ones that are not.
     """
 
     device: str = "cpu"

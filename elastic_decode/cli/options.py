@@ -62,9 +62,7 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
         default="elastic",
         help="elastic: T, then the close is forced, then S; truncate: --total for everything; "
         "budget-forcing: S1, early closes become --wait; soft-landing: after T, at the next newline within "
-        "--grace; wrap-up: "
-        "--text "
-        "before the forced close; no-thinking: T = 0 (default: elastic)",
+        "--grace; wrap-up: --text before the forced close; no-thinking: T = 0 (default: elastic)",
     )
     group.add_argument("--total", type=token_count, metavar="N", help="truncate: the whole output's budget")
     group.add_argument("--waits", type=int, metavar="N", help="budget-forcing: how often (default: 1)")

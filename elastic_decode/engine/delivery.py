@@ -175,10 +175,8 @@ class Delivery:
         group.sink.put(
             NonFiniteLogits(
                 f"request {group.request_id}, sample {sequence.sample}: after {len(sequence.token_ids)} "
-                "output tokens the "
-                "model's logits hold NaN or no finite value; check the weights, or the dtype (float16 "
-                "overflows where "
-                "bfloat16 does not)"
+                "output tokens the model's logits hold NaN or no finite value; check the weights, or the "
+                "dtype (float16 overflows where bfloat16 does not)"
             )
         )
 

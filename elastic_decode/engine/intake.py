@@ -162,8 +162,7 @@ class Intake:
         if len(prompt_ids) >= self._max_model_len:
             raise CapacityError(
                 f"the prompt has {len(prompt_ids)} tokens, max_model_len is {self._max_model_len}: no room "
-                "for an answer; "
-                "shorten the prompt or raise EngineConfig.max_model_len"
+                "for an answer; shorten the prompt or raise EngineConfig.max_model_len"
             )
         sampling = request.sampling
         self._check_ids("logit_bias", sampling.logit_bias or ())
@@ -237,12 +236,10 @@ class Intake:
         if pages > self._num_pages:
             raise CapacityError(
                 f"{len(first.group.prompt_ids)} prompt tokens and a bound of "
-                f"{first.bound - len(first.group.prompt_ids)} "
-                "output "
+                f"{first.bound - len(first.group.prompt_ids)} output "
                 f"tokens{' with ' + str(len(together) - 1) + ' branches' if len(together) > 1 else ''} need "
-                f"{pages} KV "
-                f"pages of {size} tokens; the engine has {self._num_pages}. Lower the budgets or raise "
-                "kv_memory"
+                f"{pages} KV pages of {size} tokens; the engine has {self._num_pages}. Lower the budgets or "
+                "raise kv_memory"
             )
 
     def _replay(self, branch: Sample) -> None:

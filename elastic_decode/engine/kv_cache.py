@@ -180,9 +180,8 @@ def plan_pages(
     if num_pages < 1:
         raise ConfigError(
             f"kv_memory of {kv_bytes} bytes holds no page: one page of {page_size} tokens takes {per_page} "
-            "bytes "
-            f"({config.num_layers} layers, {config.num_kv_heads} KV heads of {config.head_dim}); raise "
-            "kv_memory"
+            f"bytes ({config.num_layers} layers, {config.num_kv_heads} KV heads of {config.head_dim}); "
+            "raise kv_memory"
         )
     holds = num_pages * page_size
     rope = config.rope
@@ -199,10 +198,8 @@ def plan_pages(
     elif max_model_len > holds:
         raise ConfigError(
             f"max_model_len={max_model_len} needs {-(-max_model_len // page_size)} KV pages for one "
-            "sequence, kv_memory "
-            f"holds {num_pages} ({holds} tokens); raise kv_memory to "
-            f"{-(-max_model_len // page_size) * per_page} bytes or "
-            "lower max_model_len"
+            f"sequence, kv_memory holds {num_pages} ({holds} tokens); raise kv_memory to "
+            f"{-(-max_model_len // page_size) * per_page} bytes or lower max_model_len"
         )
     # More than every row at full length (twice that where finished prefixes are worth keeping) would never be
     # used.

@@ -81,8 +81,7 @@ def _chat_ids(
     if getattr(tokenizer, "chat_template", None) is None:
         raise ConfigError(
             "the prompt is a chat, but the tokenizer has no chat_template; pass a string or token ids, or "
-            "set "
-            "tokenizer.chat_template"
+            "set tokenizer.chat_template"
         )
     messages = [dict(message) for message in chat]
 
@@ -144,8 +143,7 @@ def encode_prompt(
     if outside is not None:
         raise ConfigError(
             f"prompt token id {outside} is outside the model's vocabulary of {vocab_size}; a tokenizer with "
-            "added "
-            "tokens needs a model resized for them"
+            "added tokens needs a model resized for them"
         )
     if not ids:
         raise ConfigError(f"the prompt {prompt!r} has no tokens; there is nothing to continue")

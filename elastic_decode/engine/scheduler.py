@@ -176,11 +176,6 @@ class Scheduler:
         """Private pages of a branch: all but those filled before its last known position."""
         return self._pool.pages_for(branch.bound) - (branch.num_known - 1) // self._pool.page_size
 
-    def reservation(self, group: Group) -> int:
-        """Pages a group's first admission needs at once: the first sample's and its branches' own."""
-        first = group.sequences[0]
-        return self._pool.pages_for(first.bound) + sum(self._branch_pages(b) for b in group.branches)
-
     def _activate(self, sequence: Sequence) -> None:
         group = sequence.group
         sequence.slot = self._free_slots.pop()

@@ -83,9 +83,9 @@ def test_invisible_tokens_do_not_lose_the_space_before_the_next_word():
 
 
 @pytest.mark.parametrize("stop", ["END", "字", "日本", ". E", "\n"])
-def test_stops_are_found_wherever_tokens_split_them(tokenizer, stop):
-    if len(tokenizer) < 200:
-        pytest.skip("its words hold none of these")
+@pytest.mark.parametrize("kind", ["byte level", "byte fallback"])
+def test_stops_are_found_wherever_tokens_split_them(byte_tokenizer, kind, stop):
+    tokenizer = byte_tokenizer if kind == "byte level" else byte_fallback()
     for ids in texts(tokenizer, 60):
         whole = decode(tokenizer, ids)
         stream, scanner = TextStream(tokenizer), StopScanner([stop, "zzzz"])
