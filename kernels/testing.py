@@ -6,7 +6,11 @@ at most twice the baseline's, plus a floor of one unit in the last place of the 
 exact value.
 """
 
+import os
+
 import torch
+
+from . import registry
 
 
 def error_bound(exact: torch.Tensor, baseline: torch.Tensor, *, floor: float | None = None) -> float:
@@ -65,3 +69,16 @@ def assert_close(
             f"PyTorch {baseline[index].item():.9g}; "
             f"{int((error > bound).sum())} of {error.numel()} elements exceed it)"
         )
+
+
+def runnable(op: str) -> list[str]:
+    """The backends on which `op` can run in this process."""
+    return [backend for backend, reason in registry.available(op).items() if reason is None]
+
+
+def device_of(backend: str) -> torch.device:
+    """Where tensors for `backend` live in a test: a GPU for the GPU's backends, but the CPU where Triton's
+    interpreter takes its place. A variant's name ("cpu-avx2") counts as its backend's."""
+    name = backend.partition("-")[0]
+    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return torch.device("cpu" if name in ("reference", "cpu") or interpreted else "cuda")
