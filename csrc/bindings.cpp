@@ -192,6 +192,61 @@ static void bind_budget(py::module_& m) {
   });
 }
 
+static void bind_draw(py::module_& m) {
+  using Address = std::uintptr_t;
+  m.def("draw", [](Address logits, Address slots, Address positions, std::int64_t rows, std::int64_t vocab,
+                   Address temperature, Address top_k, Address top_p, Address min_p, Address seed,
+                   Address sample_index, Address repetition, Address presence, Address frequency,
+                   Address ban_until, Address ban_ids, Address bias_ids, Address bias_values,
+                   std::int64_t num_bans, std::int64_t num_biases, Address output_counts, Address prompt_mask,
+                   Address state, Address programs, Address automata, Address ring_tokens, Address ring_flags,
+                   Address ring_logprobs, Address ring_sampling_logprobs, Address ring_index,
+                   std::int64_t ring_length, std::int64_t ring_width) {
+    elastic_decode::SampleArgs sampling{};
+    sampling.logits = as<float>(logits);
+    sampling.slots = as<std::int32_t>(slots);
+    sampling.positions = as<std::int32_t>(positions);
+    sampling.rows = rows;
+    sampling.vocab = vocab;
+    sampling.temperature = as<float>(temperature);
+    sampling.top_k = as<std::int32_t>(top_k);
+    sampling.top_p = as<float>(top_p);
+    sampling.min_p = as<float>(min_p);
+    sampling.seed = as<std::int64_t>(seed);
+    sampling.sample_index = as<std::int32_t>(sample_index);
+    sampling.repetition = as<float>(repetition);
+    sampling.presence = as<float>(presence);
+    sampling.frequency = as<float>(frequency);
+    sampling.ban_until = as<std::int32_t>(ban_until);
+    sampling.ban_ids = as<std::int32_t>(ban_ids);
+    sampling.bias_ids = as<std::int32_t>(bias_ids);
+    sampling.bias_values = as<float>(bias_values);
+    sampling.num_bans = num_bans;
+    sampling.num_biases = num_biases;
+    sampling.output_counts = as<std::int32_t>(output_counts);
+    sampling.prompt_mask = as<std::uint8_t>(prompt_mask);
+    elastic_decode::budget::Step machine{};
+    machine.state = as<std::int32_t>(state);
+    machine.programs = as<std::int32_t>(programs);
+    machine.automata = as<std::int32_t>(automata);
+    machine.logits = sampling.logits;
+    machine.temperature = sampling.temperature;
+    machine.ring_tokens = as<std::int32_t>(ring_tokens);
+    machine.ring_flags = as<std::int32_t>(ring_flags);
+    machine.ring_logprobs = as<float>(ring_logprobs);
+    machine.ring_sampling_logprobs = as<float>(ring_sampling_logprobs);
+    machine.logits_width = vocab;
+    machine.ring_length = ring_length;
+    machine.ring_width = ring_width;
+    const auto call = [&] {
+      elastic_decode::draw(sampling, machine, as<std::int32_t>(ring_index), as<std::int32_t>(output_counts));
+    };
+    if (rows * vocab < (1 << 16)) return call();
+    py::gil_scoped_release release;
+    call();
+  });
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "elastic_decode's compiled kernels";
   py::module_ cpu = m.def_submodule("cpu", "C++ kernels for the CPU");
@@ -203,4 +258,5 @@ PYBIND11_MODULE(_C, m) {
   bind_paged_attention(cpu);
   bind_sample(cpu);
   bind_budget(cpu);
+  bind_draw(cpu);
 }

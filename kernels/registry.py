@@ -12,7 +12,16 @@ from functools import cache
 from typing import Any
 
 BACKENDS: tuple[str, ...] = ("reference", "cpu", "triton", "cuda", "flashinfer")
-OPS: tuple[str, ...] = ("linear", "rms_norm", "rope", "silu_mul", "paged_attention", "sample", "budget")
+OPS: tuple[str, ...] = (
+    "linear",
+    "rms_norm",
+    "rope",
+    "silu_mul",
+    "paged_attention",
+    "sample",
+    "budget",
+    "draw",
+)
 
 _PACKAGE = __name__.rpartition(".")[0]
 

@@ -133,4 +133,13 @@ struct BudgetLayout {
 };
 BudgetLayout budget_layout();
 
+// ---- draw ----
+
+// Advances the ring, samples the rows that run, steps the machine and counts what it emitted, as in
+// kernels/draw/__init__.py. Ignored, because made here: the outputs of `sampling`; slots, draws and what
+// comes of them in `machine`, and its ring_index. `output_counts` is that of `sampling`, to write; it may be
+// null.
+void draw(const SampleArgs& sampling, const budget::Step& machine, std::int32_t* ring_index,
+          std::int32_t* output_counts);
+
 }  // namespace elastic_decode

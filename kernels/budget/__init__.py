@@ -74,17 +74,43 @@ def budget_step(
     backend.
     """
     device = state.device
-    check_tensor("state", state, (None, STATE_WORDS), torch.int32)
-    num_slots = state.shape[0]
-    check_tensor("programs", programs, (num_slots, PROGRAM_WORDS), torch.int32, device)
-    check_tensor("automata", automata, (None,), torch.int32, device)
+    check_machine(state, programs, automata)
     check_tensor("slots", slots, (None,), torch.int32, device)
     rows = slots.shape[0]
     check_tensor("token", token, (rows,), torch.int32, device)
     check_tensor("logits", logits, (rows, None), torch.float32, device)
     check_tensor("lse", lse, (rows,), torch.float32, device)
     check_tensor("sampling_logprob", sampling_logprob, (rows,), torch.float32, device)
-    check_tensor("temperature", temperature, (num_slots,), torch.float32, device)
+    check_tensor("temperature", temperature, (state.shape[0],), torch.float32, device)
+    check_ring(
+        ring_tokens, ring_flags, ring_logprobs, ring_sampling_logprobs, ring_index, rows=rows, device=device
+    )
+    tensors = (state, programs, automata, slots, token, logits, lse, sampling_logprob, temperature)
+    ring = (ring_tokens, ring_flags, ring_logprobs, ring_sampling_logprobs, ring_index)
+    if torch.compiler.is_compiling():
+        torch.ops.elastic_decode.budget_step(*tensors, *ring, backend)
+    else:
+        _find("budget_step", backend, device)(*tensors, *ring)
+
+
+def check_machine(state: torch.Tensor, programs: torch.Tensor, automata: torch.Tensor) -> None:
+    """Raises for tables that break the contract of `budget_step`."""
+    check_tensor("state", state, (None, STATE_WORDS), torch.int32)
+    check_tensor("programs", programs, (state.shape[0], PROGRAM_WORDS), torch.int32, state.device)
+    check_tensor("automata", automata, (None,), torch.int32, state.device)
+
+
+def check_ring(
+    ring_tokens: torch.Tensor,
+    ring_flags: torch.Tensor,
+    ring_logprobs: torch.Tensor,
+    ring_sampling_logprobs: torch.Tensor,
+    ring_index: torch.Tensor,
+    *,
+    rows: int,
+    device: torch.device,
+) -> None:
+    """Raises for a ring that breaks the contract of `budget_step` or is too narrow for `rows`."""
     check_tensor("ring_tokens", ring_tokens, (None, None), torch.int32, device)
     length, width = ring_tokens.shape
     check_tensor("ring_flags", ring_flags, (length, width), torch.int32, device)
@@ -92,15 +118,7 @@ def budget_step(
     check_tensor("ring_sampling_logprobs", ring_sampling_logprobs, (length, width), torch.float32, device)
     check_tensor("ring_index", ring_index, (1,), torch.int32, device)
     if length < 1 or width < rows:
-        raise ValueError(
-            f"the ring is [{length}, {width}], expected at least [1, {slots.shape[0]}] for {rows} rows"
-        )
-    tensors = (state, programs, automata, slots, token, logits, lse, sampling_logprob, temperature)
-    ring = (ring_tokens, ring_flags, ring_logprobs, ring_sampling_logprobs, ring_index)
-    if torch.compiler.is_compiling():
-        torch.ops.elastic_decode.budget_step(*tensors, *ring, backend)
-    else:
-        _find("budget_step", backend, device)(*tensors, *ring)
+        raise ValueError(f"the ring is [{length}, {width}], expected at least [1, {rows}] for {rows} rows")
 
 
 def decode_inputs(
