@@ -1,6 +1,7 @@
 """Attention of ragged queries over keys and values in pages: decode, chunked prefill, or both in one call."""
 
 import itertools
+from typing import NamedTuple
 
 import torch
 
@@ -8,6 +9,20 @@ from .. import registry
 from ..checks import check_tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class SharedPrefixes(NamedTuple):
+    """Which adjacent rows of a decode call begin with the same tokens in the same pages.
+
+    group_start  int32 [R + 1]: rows group_start[g]:group_start[g + 1] are group g. From 0, never falling;
+                 every row is in a group, alone if need be; groups past the last are R:R
+    shared_len   int32 [R]: positions 0 … shared_len[g] - 1 of group g's rows lie in the same pages; at least
+                 one position of every row is its own: seq_len > shared_len[g]. Idle rows (seq_len 0) may be
+                 among the others; their pages and lengths say nothing
+    """
+
+    group_start: torch.Tensor
+    shared_len: torch.Tensor
 
 
 def paged_attention(
@@ -20,6 +35,7 @@ def paged_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
+    shared: SharedPrefixes | None = None,
     out: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
@@ -37,6 +53,8 @@ def paged_attention(
                  seq_lens[r] - n_r … seq_lens[r] - 1. n_r = 1 is decode, n_r > 1 (chunked) prefill
     scale        D ** -0.5 unless given
     window       query p sees keys j with p - window < j <= p; None sees all j <= p
+    shared       in decode (T = R, every row has one query): the prefixes that rows share. It changes no bit
+                 of the result; a backend may use it to read such keys and values once a group
 
     Returns [T, Hq, D] in q's dtype, in `out` if given. Rows with seq_len 0 or without queries are idle; the
     outputs of tokens without a row, of an idle row or at a negative position are 0.
@@ -49,17 +67,19 @@ def paged_attention(
     for the device); RuntimeError where the backend cannot run.
     """
     scale, window, backend = _check(
-        q, k_cache, v_cache, page_table, seq_lens, query_start, scale, window, out, backend
+        q, k_cache, v_cache, page_table, seq_lens, query_start, scale, window, shared, out, backend
     )
+    tensors = q, k_cache, v_cache, page_table, seq_lens, query_start
     if torch.compiler.is_compiling():
-        result = _compiled(q, k_cache, v_cache, page_table, seq_lens, query_start, scale, window, backend)
+        groups = (None, None) if shared is None else shared
+        result = _compiled(*tensors, scale, window, backend, *groups)
         return result if out is None else out.copy_(result)
     if q.device.type == "cpu":
         _check_indices(q, k_cache, page_table, seq_lens, query_start)
+        if shared is not None:
+            _check_groups(shared, k_cache.shape[1], page_table, seq_lens, query_start)
     run = registry.implementation("paged_attention", backend)
-    return run(
-        q, k_cache, v_cache, page_table, seq_lens, query_start, scale=scale, window=window or None, out=out
-    )
+    return run(*tensors, scale=scale, window=window or None, shared=shared, out=out)
 
 
 @torch.library.custom_op("elastic_decode::paged_attention", mutates_args=())
@@ -73,9 +93,24 @@ def _compiled(
     scale: float,
     window: int,
     backend: str,
+    group_start: torch.Tensor | None,
+    shared_len: torch.Tensor | None,
 ) -> torch.Tensor:
+    shared = None
+    if group_start is not None and shared_len is not None:
+        shared = SharedPrefixes(group_start, shared_len)
     run = registry.implementation("paged_attention", backend)
-    return run(q, k_cache, v_cache, page_table, seq_lens, query_start, scale=scale, window=window or None)
+    return run(
+        q,
+        k_cache,
+        v_cache,
+        page_table,
+        seq_lens,
+        query_start,
+        scale=scale,
+        window=window or None,
+        shared=shared,
+    )
 
 
 @_compiled.register_fake
@@ -89,6 +124,8 @@ def _fake(
     scale: float,
     window: int,
     backend: str,
+    group_start: torch.Tensor | None,
+    shared_len: torch.Tensor | None,
 ) -> torch.Tensor:
     return torch.empty_like(q)
 
@@ -102,6 +139,7 @@ def _check(
     query_start: torch.Tensor,
     scale: float | None,
     window: int | None,
+    shared: SharedPrefixes | None,
     out: torch.Tensor | None,
     backend: str,
 ) -> tuple[float, int, str]:
@@ -126,6 +164,11 @@ def _check(
         )
     if out is not None:
         check_tensor("out", out, (num_tokens, num_heads, head_dim), q.dtype, device)
+    if shared is not None:
+        check_tensor("shared.group_start", shared.group_start, (num_rows + 1,), torch.int32, device)
+        check_tensor("shared.shared_len", shared.shared_len, (num_rows,), torch.int32, device)
+        if num_tokens != num_rows:
+            raise ValueError(f"shared is for decode, one query a row: got {num_tokens} for {num_rows} rows")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 (or None), got {window}")
     if backend == "auto":
@@ -166,3 +209,34 @@ def _check_indices(
                 f"page_table[{row}] names page {low if low < 0 else high} for its {seq_len} tokens; "
                 f"k_cache has {num_pages} pages"
             )
+
+
+def _check_groups(
+    shared: SharedPrefixes,
+    page_size: int,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start: torch.Tensor,
+) -> None:
+    """Raises ValueError where `shared` is not what SharedPrefixes says."""
+    num_rows = len(seq_lens)
+    if query_start.tolist() != list(range(num_rows + 1)):
+        raise ValueError(f"shared is for decode, one query a row: got query_start {query_start.tolist()}")
+    starts = shared.group_start.tolist()
+    if starts[0] != 0 or starts[-1] != num_rows or any(b < a for a, b in itertools.pairwise(starts)):
+        raise ValueError(f"shared.group_start must rise from 0 to {num_rows} (the rows), got {starts}")
+    lens = seq_lens.tolist()
+    for group, ((start, end), length) in enumerate(
+        zip(itertools.pairwise(starts), shared.shared_len.tolist(), strict=True)
+    ):
+        rows = [row for row in range(start, end) if lens[row] > 0]
+        if not rows:
+            continue
+        if not 0 <= length < min(lens[row] for row in rows):
+            raise ValueError(
+                f"shared.shared_len[{group}] is {length}, must be at least 0 and less than the seq_lens of "
+                f"rows {start}:{end}, the least of which is {min(lens[row] for row in rows)}"
+            )
+        prefixes = page_table[rows, : -(-length // page_size)]
+        if not torch.equal(prefixes, prefixes[:1].expand_as(prefixes)):
+            raise ValueError(f"rows {start}:{end} do not have their first {length} tokens in the same pages")

@@ -4,6 +4,7 @@ import torch
 
 from .. import _C
 from ..dtypes import CODES
+from . import SharedPrefixes
 
 _attend = _C.cpu.paged_attention
 
@@ -18,9 +19,11 @@ def paged_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
+    shared: SharedPrefixes | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See the package's `paged_attention`. CPU tensors; q and the cache float32 or bfloat16."""
+    """See the package's `paged_attention`. CPU tensors; q and the cache float32 or bfloat16. `shared` is not
+    used: the rows of a group find their pages in the processor's caches."""
     num_tokens, num_heads, head_dim = q.shape
     _, page_size, num_kv_heads, _ = k_cache.shape
     if out is None:

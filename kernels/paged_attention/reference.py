@@ -2,6 +2,8 @@
 
 import torch
 
+from . import SharedPrefixes
+
 
 def paged_attention(
     q: torch.Tensor,
@@ -13,9 +15,11 @@ def paged_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
+    shared: SharedPrefixes | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See the package's `paged_attention`. Computes in float32 (float64 where q is float64)."""
+    """See the package's `paged_attention`. Computes in float32 (float64 where q is float64). `shared` is not
+    used: every row is computed by itself."""
     num_tokens, num_heads, head_dim = q.shape
     page_size, num_kv_heads = k_cache.shape[1], k_cache.shape[2]
     scale = head_dim**-0.5 if scale is None else scale

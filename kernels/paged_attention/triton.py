@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import SharedPrefixes
+
 INTERPRETING: bool = triton.knobs.runtime.interpret
 SPLIT = 256  # keys whose order of summation is independent of all others
 WORKSPACE_BYTES = 128 << 20  # partial results at most; past that, programs walk their splits
@@ -305,10 +307,12 @@ def paged_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
+    shared: SharedPrefixes | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See the package's `paged_attention`. Reads no tensor on the host. page_table should be no wider than
-    the longest row needs: the workspace for partial results grows with its width."""
+    the longest row needs: the workspace for partial results grows with its width.
+    `shared` is not used yet."""
     num_tokens, num_heads, head_dim = q.shape
     _, page_size, num_kv_heads, _ = k_cache.shape
     num_rows, max_pages = page_table.shape

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from elastic_decode.kernels import _C, registry
-from elastic_decode.kernels.paged_attention import paged_attention, reference
+from elastic_decode.kernels.paged_attention import SharedPrefixes, paged_attention, reference
 from elastic_decode.kernels.testing import assert_close
 
 BACKENDS = [b for b in ("reference", "cpu") if registry.available("paged_attention")[b] is None]
@@ -340,7 +340,7 @@ def test_extreme_scores() -> None:
 
 def test_reads_the_cache_through_the_compiled_op() -> None:
     case = make_case([(5, 1), (33, 4)], heads=4, kv_heads=2, head_dim=32)
-    arguments = (*case.inputs(), 32**-0.5, 0, "cpu")
+    arguments = (*case.inputs(), 32**-0.5, 0, "cpu", None, None)
     torch.library.opcheck(torch.ops.elastic_decode.paged_attention.default, arguments)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
@@ -377,6 +377,92 @@ def test_wrong_arguments_raise(name: str, change, error: type[Exception], match:
     setattr(case, name, change(getattr(case, name)))
     with pytest.raises(error, match=match):
         paged_attention(*case.inputs())
+
+
+# ---- groups of rows that share a prefix ----
+
+
+def make_groups(
+    groups: Sequence[tuple[int, Sequence[int]]], *, heads: int, kv_heads: int, head_dim: int, **options
+) -> tuple[Case, SharedPrefixes]:
+    """Decode rows by group: (shared_len, seq_lens of its rows); the rows' first tokens are in the same pages,
+    as far as pages are full. Idle rows' tables are garbage."""
+    lens = [n for _, rows in groups for n in rows]
+    case = make_case([(n, 1) for n in lens], heads=heads, kv_heads=kv_heads, head_dim=head_dim, **options)
+    page_size, num_rows = case.k_cache.shape[1], len(lens)
+    starts = list(itertools.accumulate((len(rows) for _, rows in groups), initial=0))
+    shared_len = torch.zeros(num_rows, dtype=torch.int32)
+    for group, (length, _) in enumerate(groups):
+        live = [row for row in range(starts[group], starts[group + 1]) if lens[row] > 0]
+        full = length // page_size * page_size
+        shared_len[group] = full if live else length
+        for row in live[1:]:
+            case.page_table[row, : full // page_size] = case.page_table[live[0], : full // page_size]
+            case.keys[row][:full], case.values[row][:full] = (
+                x[live[0]][:full] for x in (case.keys, case.values)
+            )
+    starts += [num_rows] * (num_rows + 1 - len(starts))
+    return case, SharedPrefixes(torch.tensor(starts, dtype=torch.int32), shared_len)
+
+
+GROUPS = [(64, [65, 70, 100]), (0, [9]), (33, [0, 40, 34]), (5, [0]), (16, [17, 80])]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [None, 20])
+def test_shared_prefixes_change_nothing(backend: str, window: int | None) -> None:
+    case, shared = make_groups(GROUPS, heads=4, kv_heads=2, head_dim=16)
+    plain = case.run(backend, window=window)
+    assert torch.equal(case.run(backend, window=window, shared=shared), plain)
+    exact, baseline = (pytorch_attention(case, dtype, window) for dtype in (torch.float64, torch.float32))
+    assert_close(plain, exact, baseline)
+
+
+def test_shared_prefixes_through_the_compiled_op() -> None:
+    case, shared = make_groups(GROUPS, heads=4, kv_heads=2, head_dim=16)
+    arguments = (*case.inputs(), 0.25, 0, "cpu", *shared)
+    torch.library.opcheck(torch.ops.elastic_decode.paged_attention.default, arguments)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(group_start: torch.Tensor, shared_len: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        return paged_attention(*tensors, shared=SharedPrefixes(group_start, shared_len))
+
+    assert torch.equal(compiled(*shared, *case.inputs()), case.run())
+
+
+WRONG_GROUPS = [
+    ("group_start", lambda x: x[:-1], ValueError, "group_start"),
+    ("group_start", lambda x: x.long(), TypeError, "group_start"),
+    ("group_start", lambda x: x + 1, ValueError, "rise from 0"),
+    ("group_start", lambda x: x.flip(0), ValueError, "rise from 0"),
+    ("group_start", lambda x: x.clamp(max=9), ValueError, "rise from 0"),
+    ("group_start", lambda x: x // 4 * 4 + x % 2 * (x > 9), ValueError, "same pages|shared_len|rise"),
+    ("shared_len", lambda x: x[:2], ValueError, "shared_len"),
+    ("shared_len", lambda x: x.float(), TypeError, "shared_len"),
+    ("shared_len", lambda x: x + 1, ValueError, "less than the seq_lens"),
+    ("shared_len", lambda x: -x, ValueError, "at least 0"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "error", "match"), WRONG_GROUPS)
+def test_wrong_groups_raise(name: str, change, error: type[Exception], match: str) -> None:
+    case, shared = make_groups(GROUPS, heads=4, kv_heads=2, head_dim=16)
+    wrong = shared._replace(**{name: change(getattr(shared, name))})
+    with pytest.raises(error, match=match):
+        case.run(shared=wrong)
+
+
+def test_groups_are_for_decode_in_the_same_pages() -> None:
+    case, shared = make_groups([(16, [30, 17])], heads=2, kv_heads=1, head_dim=16)
+    case.page_table[1, 0] = case.page_table[1, 1]
+    with pytest.raises(ValueError, match="same pages"):
+        case.run(shared=shared)
+    prefill = make_case([(30, 2), (17, 1)], heads=2, kv_heads=1, head_dim=16)
+    with pytest.raises(ValueError, match="one query a row"):
+        prefill.run(shared=shared)
+    two_and_none = make_case([(30, 2), (17, 0)], heads=2, kv_heads=1, head_dim=16)
+    with pytest.raises(ValueError, match="one query a row"):
+        two_and_none.run(shared=shared)
 
 
 def test_wrong_options_raise() -> None:
