@@ -78,7 +78,10 @@ def runnable(op: str) -> list[str]:
 
 def device_of(backend: str) -> torch.device:
     """Where tensors for `backend` live in a test: a GPU for the GPU's backends, but the CPU where Triton's
-    interpreter takes its place. A variant's name ("cpu-avx2") counts as its backend's."""
+    interpreter takes its place; a GPU for "torch" if there is one. A variant's name ("cpu-avx2") counts as
+    its backend's."""
     name = backend.partition("-")[0]
+    if name == "torch":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     return torch.device("cpu" if name in ("reference", "cpu") or interpreted else "cuda")

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from elastic_decode.kernels import registry
+
 ROOT = Path(__file__).parent.parent
 LINE = re.compile(r"^- `(?P<path>[^`]+)`: (?P<text>\S.*)$")
-BACKENDS = {"__init__.py", "reference.py", "cpu.py", "triton.py", "cuda.py", "flashinfer.py"}
+BACKENDS = {f"{name}.py" for name in (*registry.BACKENDS, "__init__")}
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 
 

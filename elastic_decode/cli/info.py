@@ -58,6 +58,7 @@ def collect(model: str | None) -> dict[str, Any]:
         "packages": {package: _version(package) for package in _PACKAGES},
         "cuda": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "backends": {op: registry.available(op) for op in registry.OPS},
+        "auto": {device: registry.choose("auto", device) for device in ("cpu", "cuda")},
     }
     if model is not None:
         found["model"] = _describe(model)
@@ -95,6 +96,14 @@ def _describe(name: str) -> dict[str, Any]:
     }
 
 
+def _summed_up(chosen: dict[str, str]) -> str:
+    """`cpu` where all ops have one backend, else the commonest, then the rest: `triton; linear torch`."""
+    names = list(chosen.values())
+    common = max(names, key=names.count)
+    rest = [f"{op} {backend}" for op, backend in chosen.items() if backend != common]
+    return "; ".join([common, *rest])
+
+
 def run(arguments: argparse.Namespace) -> int:
     found = collect(arguments.model)
     if arguments.json:
@@ -118,6 +127,8 @@ def run(arguments: argparse.Namespace) -> int:
             table.add_row(op, backend, "[green]yes" if reason is None else f"[dim]no: {reason}")
             op = ""
     console.print(table)
+    chosen = ", ".join(f"on {device} {_summed_up(backends)}" for device, backends in found["auto"].items())
+    console.print(f"backend auto: {chosen}", highlight=False)
     if "model" in found:
         for key, value in found["model"].items():
             console.print(f"{key}: {value}", highlight=False, markup=False)

@@ -40,7 +40,8 @@ _COMPUTED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 
 
 def choose_dtype(requested: str, stored: str | None, device: torch.device | str) -> torch.dtype:
-    """The compute dtype of `EngineConfig.dtype` = `requested` for a checkpoint or module of dtype `stored`.
+    """The dtype that `EngineConfig.dtype` or `kv_dtype` = `requested` means for a checkpoint or module of
+    dtype `stored`.
 
     "auto" takes the stored one (None: float32), but bfloat16 for float16 on the CPU, which has no kernels for
     it. Raises ConfigError where float16 is requested on the CPU.
@@ -51,7 +52,8 @@ def choose_dtype(requested: str, stored: str | None, device: torch.device | str)
         if requested == "float16":
             raise ConfigError("dtype 'float16' is not supported on the CPU; use 'bfloat16' or 'float32'")
         name = "bfloat16"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
+    return {str(dtype).removeprefix("torch."): dtype for dtype in dtypes}[name]
 
 
 def stored_dtype(folder: str | Path) -> str:
