@@ -25,7 +25,7 @@ def error_bound(exact: torch.Tensor, baseline: torch.Tensor, *, floor: float | N
     if exact.numel() == 0:
         return 0.0
     want = exact.double()
-    finite = want.isfinite() & baseline.isfinite()
+    finite = want.isfinite() & baseline.double().isfinite()  # float8 has no isfinite
     if floor is None:
         floor = torch.finfo(baseline.dtype).eps * want[finite].abs().max().item() if finite.any() else 0.0
     error = (baseline.double() - want)[finite].abs().max().item() if finite.any() else 0.0

@@ -7,6 +7,7 @@ from ..dtypes import CODES
 from ..registry import default_backend, implementation
 
 _DTYPES = {"cpu": (torch.float32, torch.bfloat16)}
+_CACHE_DTYPES = (*CODES, torch.float8_e4m3fn)
 _DEVICES = {"cpu": torch.device("cpu")}
 
 
@@ -32,9 +33,10 @@ def rope(
     qkv [T, (Hq + 2 Hkv) D]: q, then k, then v, head by head; float32, bfloat16 or float16 (not float16 on
     the CPU kernels). cos_sin float32 [max_positions, D]: a row a position, D/2 cosines, then D/2 sines.
     positions int32 [T]. slot_mapping int32 [T]: page * page_size + offset; negative: that token writes no k
-    and v. k_cache, v_cache [num_pages, page_size, Hkv, D], of one dtype, which need not be qkv's. q_weight,
-    k_weight [D] of qkv's dtype: where given, each head of q or k is first RMS-normed with it and `eps` (as
-    Qwen3 does). out [T, Hq, D] of qkv's dtype.
+    and v. k_cache, v_cache [num_pages, page_size, Hkv, D], of one dtype, which need not be qkv's and may also
+    be float8_e4m3fn (not on the CPU kernels): rounded to nearest even, without scales, beyond 448 to 448.
+    q_weight, k_weight [D] of qkv's dtype: where given, each head of q or k is first RMS-normed with it and
+    `eps` (as Qwen3 does). out [T, Hq, D] of qkv's dtype.
 
     The rotation pairs element i with i + D/2, as transformers (and GPT-NeoX) do:
     `(a, b) -> (a cos - b sin, b cos + a sin)`. Computed in float32, rounded once. Two tokens must not share
@@ -46,6 +48,7 @@ def rope(
     if backend == "auto":
         backend = default_backend(qkv.device.type)
     dtypes = _DTYPES.get(backend, tuple(CODES))
+    cache_dtypes = _DTYPES.get(backend, _CACHE_DTYPES)
     device = qkv.device
     check_tensor("cos_sin", cos_sin, (None, None), torch.float32, device)
     head_dim = cos_sin.shape[1]
@@ -57,7 +60,7 @@ def rope(
     tokens = qkv.shape[0]
     check_tensor("positions", positions, (tokens,), torch.int32, device)
     check_tensor("slot_mapping", slot_mapping, (tokens,), torch.int32, device)
-    check_tensor("k_cache", k_cache, (None, None, num_kv_heads, head_dim), dtypes, device)
+    check_tensor("k_cache", k_cache, (None, None, num_kv_heads, head_dim), cache_dtypes, device)
     check_tensor("v_cache", v_cache, k_cache.shape, k_cache.dtype, device)
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None:

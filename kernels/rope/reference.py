@@ -27,9 +27,18 @@ def rope(
     k = _rotate(_norm(k, k_weight, eps), cos, sin)
     written = slot_mapping >= 0
     slots = slot_mapping[written].long()
-    k_cache.view(-1, num_kv_heads, head_dim)[slots] = k[written].to(k_cache.dtype)
-    v_cache.view(-1, num_kv_heads, head_dim)[slots] = v[written].to(v_cache.dtype)
+    _write(k_cache, slots, k[written])
+    _write(v_cache, slots, v[written])
     return q if out is None else out.copy_(q)
+
+
+def _write(cache: torch.Tensor, slots: torch.Tensor, values: torch.Tensor) -> None:
+    flat = cache.view(-1, *cache.shape[2:])
+    if cache.dtype == torch.float8_e4m3fn:
+        # PyTorch turns what is too large into NaN, and writes no float8 by index.
+        flat.view(torch.uint8)[slots] = values.clamp(-448.0, 448.0).to(cache.dtype).view(torch.uint8)
+    else:
+        flat[slots] = values.to(cache.dtype)
 
 
 def _norm(heads: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:

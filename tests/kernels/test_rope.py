@@ -1,24 +1,25 @@
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from elastic_decode.kernels import _C, registry
+from elastic_decode.kernels import _C
 from elastic_decode.kernels.rope import rope
-from elastic_decode.kernels.testing import assert_close
+from elastic_decode.kernels.testing import assert_close, device_of, runnable
 
 BEST = _C.cpu.isa()
 ISAS = [name for name, isa in _C.cpu.Isa.__members__.items() if int(isa) <= int(BEST)]
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
 
 
-def variants() -> list:
+def variants() -> list[str]:
     """Every backend that can run here; the C++ one once for each instruction set."""
-    found = [name for name, reason in registry.available("rope").items() if reason is None]
-    params = [name for name in found if name not in ("cpu", "triton")]
-    params += [f"cpu-{isa}" for isa in ISAS] if "cpu" in found else []
-    params += [pytest.param("triton", marks=pytest.mark.interpret)] if "triton" in found else []
-    return params
+    found = runnable("rope")
+    params = [name for name in found if name != "cpu"]
+    return params + [f"cpu-{isa}" for isa in ISAS] if "cpu" in found else params
 
 
 @pytest.fixture(params=variants())
@@ -27,17 +28,24 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     name, _, isa = request.param.partition("-")
     if isa:
         _C.cpu.limit_isa(_C.cpu.Isa.__members__[isa])
-    yield name
+    with torch.device(device_of(name)):
+        yield name
     _C.cpu.limit_isa(BEST)
 
 
 def skip_unless_computed(backend: str, dtype: torch.dtype) -> None:
-    if backend == "triton" and dtype == torch.bfloat16:
+    if backend == "triton" and dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("the interpreter does no bfloat16 arithmetic")
+    if backend == "cpu" and dtype == torch.float16:
+        pytest.skip("the C++ kernels take no float16")
+    if backend == "cpu" and dtype == torch.float8_e4m3fn:
+        pytest.skip("the C++ kernels take no float8")
 
 
 CACHE_DTYPES = pytest.mark.parametrize(
-    "cache_dtype", [torch.float32, torch.bfloat16], ids=["cache_float32", "cache_bfloat16"]
+    "cache_dtype",
+    [torch.float32, torch.bfloat16, torch.float8_e4m3fn],
+    ids=["cache_float32", "cache_bfloat16", "cache_float8"],
 )
 
 
@@ -45,21 +53,21 @@ class Case:
     """Random inputs of one call; the caches start as NaN, so that unwanted and missed writes show."""
 
     def __init__(self, tokens, heads, kv_heads, dim, dtype, cache_dtype, normed, page_size=4, seed=0):
-        generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
         self.heads, self.kv_heads, self.dim = heads, kv_heads, dim
-        self.qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim, generator=generator).to(dtype)
-        angles = torch.rand(50, dim // 2, generator=generator) * 6.3
+        self.qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim).to(dtype)
+        angles = torch.rand(50, dim // 2) * 6.3
         self.cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
-        self.positions = torch.randint(0, 50, (tokens,), generator=generator, dtype=torch.int32)
+        self.positions = torch.randint(0, 50, (tokens,), dtype=torch.int32)
         pages = tokens // page_size + 2
-        slots = torch.randperm(pages * page_size, generator=generator, dtype=torch.int32)[:tokens]
-        slots[torch.rand(tokens, generator=generator) < 0.2] = -1
+        slots = torch.randperm(pages * page_size, dtype=torch.int32)[:tokens]
+        slots[torch.rand(tokens) < 0.2] = -1
         self.slots = slots
         shape = (pages, page_size, kv_heads, dim)
-        self.k_cache = torch.full(shape, torch.nan, dtype=cache_dtype)
-        self.v_cache = torch.full(shape, torch.nan, dtype=cache_dtype)
-        self.q_weight = torch.randn(dim, generator=generator).to(dtype) if normed else None
-        self.k_weight = torch.randn(dim, generator=generator).to(dtype) if normed else None
+        self.k_cache = torch.full(shape, torch.nan).to(cache_dtype)
+        self.v_cache = torch.full(shape, torch.nan).to(cache_dtype)
+        self.q_weight = torch.randn(dim).to(dtype) if normed else None
+        self.k_weight = torch.randn(dim).to(dtype) if normed else None
 
     def run(self, backend, rows=slice(None), out=None):
         """q, and the caches as the call leaves them."""
@@ -118,6 +126,7 @@ SHAPES = [
 @pytest.mark.parametrize("normed", [False, True], ids=["plain", "norm"])
 def test_close_to_exact(backend: str, dtype: torch.dtype, cache_dtype: torch.dtype, normed: bool) -> None:
     skip_unless_computed(backend, dtype)
+    skip_unless_computed(backend, cache_dtype)
     for shape in SHAPES:
         case = Case(*shape, dtype, cache_dtype, normed)
         out = torch.full((shape[0], shape[1], shape[3]), torch.nan, dtype=dtype)
@@ -130,12 +139,13 @@ def test_close_to_exact(backend: str, dtype: torch.dtype, cache_dtype: torch.dty
         written = case.slots >= 0
         slots = case.slots[written].long()
         k, v = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
-        assert_close(k[slots], exact_k[written], base_k[written].to(cache_dtype), what=f"k {shape}")
-        assert torch.equal(v[slots], exact_v[written].to(cache_dtype))
+        written_k, written_v = k.float()[slots].to(cache_dtype), v.float()[slots]  # float8 has no indexing
+        assert_close(written_k, exact_k[written], base_k[written].to(cache_dtype), what=f"k {shape}")
+        assert torch.equal(written_v, exact_v[written].float().to(cache_dtype).float())
         untouched = torch.ones(len(k), dtype=torch.bool)
         untouched[slots] = False
-        assert k[untouched].isnan().all()
-        assert v[untouched].isnan().all()
+        assert k.float()[untouched].isnan().all()
+        assert v.float()[untouched].isnan().all()
 
 
 def test_only_one_of_q_and_k_is_normed(backend: str) -> None:
@@ -150,8 +160,24 @@ def test_only_one_of_q_and_k_is_normed(backend: str) -> None:
     assert not torch.equal(k.nan_to_num(), plain_k.nan_to_num())
 
 
+def test_float8_saturates_and_rounds_to_even(backend: str) -> None:
+    """Every float16 as a value; PyTorch's conversion is the measure where it does not overflow."""
+    skip_unless_computed(backend, torch.float8_e4m3fn)
+    case = Case(32, 1, 16, 128, torch.float32, torch.float8_e4m3fn, False, page_size=16)
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    case.qkv[:, 17 * 128 :] = values.view(32, -1)
+    case.slots = torch.arange(32, dtype=torch.int32)
+    _, _, v_cache = case.run(backend)
+    found = v_cache.view(torch.uint8).flatten()[: len(values)]
+    expected = values.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)
+    number = ~values.isnan()
+    assert torch.equal(found[number], expected[number])
+    assert (found[~number] & 0x7F == 0x7F).all()
+
+
 @DTYPES
 def test_tokens_do_not_depend_on_the_batch(backend: str, dtype: torch.dtype) -> None:
+    skip_unless_computed(backend, dtype)
     case = Case(70, 6, 2, 80, dtype, dtype, True)
     q, k, v = case.run(backend)
     for row in range(70):
@@ -211,6 +237,8 @@ def test_bad_arguments_raise() -> None:
     bad.v_cache = bad.v_cache.bfloat16()
     with pytest.raises(TypeError, match="v_cache has dtype"):
         bad.run("cpu")
+    with pytest.raises(TypeError, match="k_cache has dtype"):
+        Case(5, 4, 2, 16, torch.float32, torch.float8_e4m3fn, True).run("cpu")
 
 
 @pytest.mark.parametrize("name", ["reference", "cpu"])
