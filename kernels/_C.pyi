@@ -1,5 +1,6 @@
-"""The extension: its functions take addresses and sizes; kernels/<op>/cpu.py alone calls them."""
+"""The extension: its functions take addresses and sizes; kernels/<op>/cpu.py and cuda.py alone call them."""
 
 from typing import Any
 
 cpu: Any
+cuda: Any  # absent from a build without CUDA

@@ -55,3 +55,23 @@ def why_no_triton() -> str | None:
     except RuntimeError as error:
         return str(error)
     return None
+
+
+def why_no_cuda() -> str | None:
+    """None where the CUDA C++ kernels can run in this process, otherwise the reason."""
+    from . import _C
+
+    if not hasattr(_C, "cuda"):
+        return "built without CUDA: set ELASTIC_DECODE_CUDA=1 and rebuild"
+    if not torch.cuda.is_available() or _C.cuda.device_count() == 0:
+        return "no CUDA device"
+    try:
+        architecture(torch.device("cuda"))
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def stream(device: torch.device) -> int:
+    """PyTorch's current stream on `device`, for the extension; 0 on the CPU, where tests emulate a device."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
