@@ -39,7 +39,8 @@ class EngineConfig:
     device: "cpu" or "cuda[:i]". dtype: "auto" takes the checkpoint's (float16 becomes bfloat16 on the CPU).
     max_batch: rows decoded at once. max_model_len: prompt + output positions of one sequence; None takes the
     model's. kv_memory: bytes of KV pages. prefill_tokens: prompt tokens computed between two horizons.
-    horizon: decode steps launched at a time. prefix_cache: reuse KV pages of equal prompt beginnings; None =
+    horizon: decode steps launched at a time: 1 to see each token as soon as it is drawn, 8 to 32 for throughput on
+    a GPU. cuda_graphs: replay recorded steps instead of launching their kernels one by one. prefix_cache: reuse KV pages of equal prompt beginnings; None =
     on, but off for `Engine.from_model`.
     batch_invariant: the CPU kernels always are; False will allow other devices faster ones that are not.
     """
@@ -53,6 +54,7 @@ class EngineConfig:
     kv_memory: int | str = "2GiB"
     backend: Literal["auto", "reference", "cpu", "triton", "cuda", "flashinfer"] = "auto"
     horizon: int = 1
+    cuda_graphs: bool = True
     prefill_tokens: int = 512
     prefix_cache: bool | None = None
     batch_invariant: bool = True

@@ -56,11 +56,12 @@ class Engine:
         self.max_model_len = parts.max_model_len
         self.backend = parts.backend
         self._shared = shared
-        self._runner, self._intake, self._loop, self._pool = (
+        self._runner, self._intake, self._loop, self._pool, self._device = (
             parts.runner,
             parts.intake,
             parts.loop,
             parts.pool,
+            parts.device,
         )
         self._submitted = Sink()
         self._orphans: list[Group] = []
@@ -310,14 +311,20 @@ class Engine:
         return self._runner.scheduler.epoch
 
     def warmup(self) -> None:
-        """Run each kernel once at full width, so that the first request pays for no first touch."""
+        """Run each kernel once at full width and record a CUDA graph for every shape of step, so that the first
+        request pays for neither.
+        """
         self._ready()
         ids = [0] * min(self.config.prefill_tokens, max(1, self.max_model_len - 2))
         for _ in self.rollout([ids], budget=truncate(1)):
             pass
+        with self._working():
+            self._loop.record_all()
 
     def stats(self) -> dict[str, int]:
-        """Counters: pages (reserved for running rows against filled ones), rows, tokens so far."""
+        """Counters: pages (reserved for running rows against filled ones), rows, tokens so far; host_waits: reads
+        of a flight's results, idle_host_waits: those with nothing enqueued behind them.
+        """
         if self._closed:
             raise EngineClosed(_CLOSED)
         runner, pool = self._runner, self._pool
@@ -336,6 +343,8 @@ class Engine:
             "sampled_tokens": runner.delivery.sampled_tokens,
             "forced_tokens": runner.delivery.forced_tokens,
             "decode_steps": self._loop.steps,
+            "host_waits": self._device.waits,
+            "idle_host_waits": self._device.idle_waits,
             "prefix_hit_tokens": runner.scheduler.prefix_hit_tokens,
             "weight_epoch": runner.scheduler.epoch,
             "max_model_len": self.max_model_len,
@@ -349,7 +358,7 @@ class Engine:
             self._runner.abort_all()
         self._closed = True
         # Weights and pages go when nothing names them; a shared module keeps its own parameters.
-        del self._runner, self._intake, self._loop, self._pool, self._shared
+        del self._runner, self._intake, self._loop, self._pool, self._device, self._shared
 
     def __enter__(self) -> Engine:
         return self
@@ -444,7 +453,7 @@ class Engine:
         if not self._lock.acquire(blocking=False):
             raise RuntimeError("the engine is at work in another thread; use it from one thread at a time")
         try:
-            with interrupts_held():
+            with interrupts_held(), self._device.at_work():
                 self._abort_orphans()
                 yield
         finally:

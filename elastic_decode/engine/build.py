@@ -12,6 +12,7 @@ from elastic_decode.delimiters import Delimiters
 from elastic_decode.engine.batch_state import BatchState
 from elastic_decode.engine.decode_loop import DecodeLoop
 from elastic_decode.engine.delivery import Delivery
+from elastic_decode.engine.device import Device, open_device
 from elastic_decode.engine.intake import Intake
 from elastic_decode.engine.kv_cache import KVPages, PagePool, plan_pages
 from elastic_decode.engine.output_ring import OutputRing
@@ -39,6 +40,7 @@ class Parts:
     intake: Intake
     loop: DecodeLoop
     pool: PagePool
+    device: Device
     max_model_len: int
     backend: str
 
@@ -55,14 +57,14 @@ def build(
     """Allocate pages and rows for `config` and connect everything. Raises ConfigError where the sizes cannot
     work.
     """
-    device = torch.device(config.device)
-    backend = registry.default_backend(device.type) if config.backend == "auto" else config.backend
+    device = open_device(config.device, graphs=config.cuda_graphs)
+    backend = registry.default_backend(device.device.type) if config.backend == "auto" else config.backend
     for op in registry.OPS:
         reason = registry.why_unavailable(op, backend)
         if reason is not None:
             raise ConfigError(f"backend {backend!r} cannot decode here: {reason}; see `elastic-decode info`")
     dtype_name = str(weights.dtype).removeprefix("torch.")
-    kv_dtype = choose_dtype(config.kv_dtype, dtype_name, device)
+    kv_dtype = choose_dtype(config.kv_dtype, dtype_name, device.device)
     num_pages, max_model_len = plan_pages(
         model,
         page_size=config.page_size,
@@ -80,10 +82,12 @@ def build(
         vocab_size=model.vocab_size,
         device=device,
     )
-    ring = OutputRing(length=max(64, 4 * config.horizon), width=config.max_batch, device=device)
+    ring = OutputRing(length=config.horizon, width=config.max_batch, device=device)
     decoder = Decoder(model, weights, backend=backend, max_positions=max_model_len)
     scheduler = Scheduler(pool, kv_pages, batch, prefill_tokens=config.prefill_tokens)
-    loop = DecodeLoop(decoder, kv_pages, pool, batch, ring, backend=backend)
+    loop = DecodeLoop(
+        decoder, kv_pages, pool, batch, ring, device, backends=dict.fromkeys(registry.OPS, backend)
+    )
     intake = Intake(
         tokenizer=tokenizer,
         delimiters=delimiters,
@@ -96,10 +100,10 @@ def build(
     runner = Runner(
         scheduler=scheduler,
         loop=loop,
-        ring=ring,
         batch=batch,
         intake=intake,
         delivery=Delivery(tokenizer),
+        device=device,
         horizon=config.horizon,
     )
-    return Parts(runner, intake, loop, pool, max_model_len, backend)
+    return Parts(runner, intake, loop, pool, device, max_model_len, backend)

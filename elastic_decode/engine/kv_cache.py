@@ -13,9 +13,11 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 
 from elastic_decode.config import ModelConfig
+from elastic_decode.engine.device import Device
 from elastic_decode.errors import CapacityError, ConfigError
 
 
@@ -136,11 +138,12 @@ class KVPages:
     """The tensors: per layer `(k_cache, v_cache)`, each [num_pages, page_size, num_kv_heads, head_dim]."""
 
     def __init__(
-        self, config: ModelConfig, *, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+        self, config: ModelConfig, *, num_pages: int, page_size: int, dtype: torch.dtype, device: Device
     ) -> None:
         shape = (config.num_layers, 2, num_pages, page_size, config.num_kv_heads, config.head_dim)
         # Left uninitialised: no kernel reads a position that no token has been written to.
-        self._storage = torch.empty(shape, dtype=dtype, device=device)
+        self._device = device
+        self._storage = torch.empty(shape, dtype=dtype, device=device.device)
         self.layers = [(layer[0], layer[1]) for layer in self._storage.unbind(0)]
 
     @property
@@ -150,10 +153,9 @@ class KVPages:
     def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Copy whole pages, all layers."""
         if source:
-            device = self._storage.device
-            self._storage[:, :, torch.tensor(target, device=device)] = self._storage[
-                :, :, torch.tensor(source, device=device)
-            ]
+            storage = self._storage
+            to, of = self._device.upload(target, np.int64), self._device.upload(source, np.int64)
+            self._device.launch(lambda: storage.index_copy_(2, to, storage.index_select(2, of)))
 
 
 def page_nbytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:

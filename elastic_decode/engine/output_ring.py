@@ -1,8 +1,8 @@
 """The output ring: where steps leave tokens and the host reads them, a ring row a step and a column a batch
 row.
 
-The device counts steps itself (`index`), so that a captured step needs no host value; the host counts along
-and knows which ring rows a flight has filled.
+The device counts steps itself (`index`), so that a captured step needs no host value. Every flight begins at
+row 0 and its rows are on their way to the host before the next flight's steps are enqueued.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
+from elastic_decode.engine.device import Device, Download
 from elastic_decode.engine.sequence import Sequence
+from elastic_decode.kernels.draw import make_ring
 
 
 @dataclass(frozen=True, slots=True)
 class Flight:
-    """Steps that have been launched: their rows' sequences and their ring rows `first … first + steps - 1`
-    (modulo the length).
-    """
+    """Steps that have been launched: a column of each belongs to one of `sequences`; their output is on its
+    way to the host."""
 
     sequences: list[Sequence]
-    first: int
     steps: int
+    download: Download
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,28 +37,31 @@ class Landed:
 
 
 class OutputRing:
-    def __init__(self, *, length: int, width: int, device: torch.device) -> None:
+    """`length` rows: the most steps a flight may have. `width` columns: the most rows of a batch."""
+
+    def __init__(self, *, length: int, width: int, device: Device) -> None:
+        self._device = device
         self.length = length
-        self.tokens = torch.zeros((length, width), dtype=torch.int32, device=device)
-        self.flags = torch.zeros((length, width), dtype=torch.int32, device=device)
-        self.logprobs = torch.zeros((length, width), dtype=torch.float32, device=device)
-        self.sampling_logprobs = torch.zeros((length, width), dtype=torch.float32, device=device)
-        self.index = torch.zeros(1, dtype=torch.int32, device=device)
-        self.launched = 0  # the host's count of steps
+        self.tensors = make_ring(length, width, device.device)
 
-    def advance(self) -> None:
-        """The step just launched has written its row."""
-        self.index.add_(1)
-        self.launched += 1
-        if self.launched == self.length:
-            self.index.zero_()
-            self.launched = 0
+    def begin(self) -> None:
+        """The steps launched next fill rows 0, 1, …"""
+        index = self.tensors.index
+        self._device.launch(lambda: index.fill_(-1))
 
-    def collect(self, flight: Flight) -> Landed:
-        rows = (flight.first + np.arange(flight.steps)) % self.length
-        width = len(flight.sequences)
+    def end(self, sequences: list[Sequence], steps: int) -> Flight:
+        """The steps launched since `begin` are a flight: start its way to the host."""
+        assert steps <= self.length
+        rows = [tensor[:steps] for tensor in self.tensors[:4]]
+        return Flight(sequences, steps, self._device.download(rows))
 
-        def read(tensor: torch.Tensor) -> list:
-            return tensor.numpy()[rows, :width].tolist()
 
-        return Landed(read(self.tokens), read(self.flags), read(self.logprobs), read(self.sampling_logprobs))
+def collect(flight: Flight, *, queued_behind: bool) -> Landed:
+    """A flight's output; waits until it is there. See Download.read."""
+    width = len(flight.sequences)
+
+    def convert(arrays: list[np.ndarray]) -> Landed:
+        return Landed(*(array[:, :width].tolist() for array in arrays))
+
+    landed: Landed = flight.download.read(convert, queued_behind=queued_behind)
+    return landed

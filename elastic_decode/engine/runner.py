@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 from elastic_decode.engine.batch_state import BatchState
 from elastic_decode.engine.decode_loop import DecodeLoop
 from elastic_decode.engine.delivery import Delivery
+from elastic_decode.engine.device import Device
 from elastic_decode.engine.intake import Intake
-from elastic_decode.engine.output_ring import Flight, OutputRing
+from elastic_decode.engine.output_ring import Flight, collect
 from elastic_decode.engine.scheduler import Scheduler
 from elastic_decode.engine.sequence import Group, Sequence, Stage
 from elastic_decode.errors import ConfigError
@@ -54,19 +56,20 @@ class Runner:
         *,
         scheduler: Scheduler,
         loop: DecodeLoop,
-        ring: OutputRing,
         batch: BatchState,
         intake: Intake,
         delivery: Delivery,
+        device: Device,
         horizon: int,
     ) -> None:
         self.scheduler = scheduler
         self._loop = loop
-        self._ring = ring
         self._batch = batch
         self._intake = intake
         self.delivery = delivery
+        self._device = device
         self._horizon = horizon
+        self._flights: deque[Flight] = deque()  # launched and not read yet, oldest first
         self.groups: dict[str, Group] = {}
 
     @property
@@ -117,6 +120,17 @@ class Runner:
                 self._batch.request_end(sequence.slot)
 
     def _turn(self) -> None:
+        """Launch what can be launched, then turn to what was launched the turn before: the device has work
+        while the host reads."""
+        before = list(self._flights)
+        self._launch()
+        launched = len(self._flights) - len(before)
+        # Where only one flight may be under way, this turn's are read at once.
+        due = len(before) if self._device.flights > 1 else len(self._flights)
+        for remaining in reversed(range(due)):
+            self._land(self._flights.popleft(), queued_behind=launched > 0 or remaining > 0)
+
+    def _launch(self) -> None:
         scheduler = self.scheduler
         scheduler.admit()
         chunks = scheduler.prefill_chunks()
@@ -125,14 +139,18 @@ class Runner:
             for chunk in chunks:
                 scheduler.prefilled(chunk)
             if flight is not None:
-                self._land(flight)
+                self._flights.append(flight)
+                if self._device.flights == 1:  # a first token can free a row at once
+                    self._land(self._flights.popleft(), queued_behind=False)
             scheduler.admit()  # samples that waited for a prompt computed just now
-        rows = scheduler.decoding()
+        # Rows whose last possible token has been launched need only be waited for.
+        rows = [sequence for sequence in scheduler.decoding() if sequence.draws_left > 0]
         if rows:
-            self._land(self._loop.decode(rows, self._horizon))
+            steps = min(self._horizon, max(sequence.draws_left for sequence in rows))
+            self._flights.append(self._loop.decode(rows, steps))
 
-    def _land(self, flight: Flight) -> None:
-        finished = self.delivery.accept(flight, self._ring.collect(flight))
+    def _land(self, flight: Flight, *, queued_behind: bool) -> None:
+        finished = self.delivery.accept(flight, collect(flight, queued_behind=queued_behind))
         for sequence in flight.sequences:
             if sequence.group.branches and sequence is sequence.group.sequences[0]:
                 self._branch(sequence)

@@ -51,6 +51,7 @@ class Sequence:
     source: Source | None = None
     computed: int = 0  # positions whose keys and values are in the pages
     known_output: int = 0
+    draws: int = 0  # launched for it: a row that still runs has num_known + draws positions
     end_requested: bool = False
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -75,6 +76,11 @@ class Sequence:
     def num_known(self) -> int:
         """Positions whose tokens were known when it was admitted."""
         return len(self.group.prompt_ids) + self.known_output
+
+    @property
+    def draws_left(self) -> int:
+        """How many more it can use: each emits a token or ends it."""
+        return self.bound - self.num_known - self.draws
 
     def known_ids(self, start: int, stop: int) -> list[int]:
         prompt = self.group.prompt_ids

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import embedding
 
 from elastic_decode.kernels import registry
+from elastic_decode.kernels.paged_attention import SharedPrefixes
 from elastic_decode.model_config import ModelConfig
 from elastic_decode.models.layout import Weights
 from elastic_decode.models.rope import cos_sin_table
@@ -21,7 +22,8 @@ class ForwardBatch:
 
     positions [T]; slot_mapping [T]: page * page_size + offset for each token's keys and values, -1 writes
     none; page_table [R, max_pages]; seq_lens [R]: keys a row has after this call, 0 = idle; query_start [R +
-    1]: the tokens of row r are query_start[r] : query_start[r + 1].
+    1]: the tokens of row r are query_start[r] : query_start[r + 1]. shared: prefixes that rows of a decode
+    step have in common.
     """
 
     positions: torch.Tensor
@@ -29,6 +31,7 @@ class ForwardBatch:
     page_table: torch.Tensor
     seq_lens: torch.Tensor
     query_start: torch.Tensor
+    shared: SharedPrefixes | None = None
 
 
 class _Buffers(NamedTuple):
@@ -88,6 +91,7 @@ class Decoder:
         heads, kv_heads, eps = config.num_heads, config.num_kv_heads, config.rms_norm_eps
         scale = config.head_dim**-0.5
         positions, slot_mapping = batch.positions, batch.slot_mapping
+        extra = {} if batch.shared is None else {"shared": batch.shared}
         page_table, seq_lens, query_start = batch.page_table, batch.seq_lens, batch.query_start
         normed, qkv, query, attended, attended_rows, projected, gate_up, activated = self._buffers(
             len(input_ids)
@@ -119,6 +123,7 @@ class Decoder:
                 query_start,
                 scale=scale,
                 window=window,
+                **extra,
                 out=attended,
             )
             if next_norm is None and rows is not None:
