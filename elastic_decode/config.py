@@ -39,9 +39,9 @@ class EngineConfig:
     device: "cpu" or "cuda[:i]". dtype: "auto" takes the checkpoint's (float16 becomes bfloat16 on the CPU).
     max_batch: rows decoded at once. max_model_len: prompt + output positions of one sequence; None takes the
     model's. kv_memory: bytes of KV pages. prefill_tokens: prompt tokens computed between two horizons.
-    horizon: decode steps launched at a time: 1 to see each token as soon as it is drawn, 8 to 32 for throughput on
-    a GPU. cuda_graphs: replay recorded steps instead of launching their kernels one by one. prefix_cache: reuse KV pages of equal prompt beginnings; None =
-    on, but off for `Engine.from_model`.
+    horizon: decode steps launched at a time; on a GPU 1 shows each token as soon as it is drawn, 8 to 32 are
+    for throughput. cuda_graphs: replay recorded steps instead of launching their kernels one by one.
+    prefix_cache: reuse KV pages of equal prompt beginnings; None = on, but off for `Engine.from_model`.
     batch_invariant: the CPU kernels always are; False will allow other devices faster ones that are not.
     """
 

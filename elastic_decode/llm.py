@@ -311,7 +311,7 @@ class Engine:
         return self._runner.scheduler.epoch
 
     def warmup(self) -> None:
-        """Run each kernel once at full width and record a CUDA graph for every shape of step, so that the first
+        """Run each kernel once at full width, and on a GPU record every shape of step, so that the first
         request pays for neither.
         """
         self._ready()
@@ -322,8 +322,9 @@ class Engine:
             self._loop.record_all()
 
     def stats(self) -> dict[str, int]:
-        """Counters: pages (reserved for running rows against filled ones), rows, tokens so far; host_waits: reads
-        of a flight's results, idle_host_waits: those with nothing enqueued behind them.
+        """Counters: pages (reserved for running rows against filled ones), rows, tokens so far.
+
+        host_waits: how often a flight's results were read; idle_host_waits: with nothing enqueued behind it.
         """
         if self._closed:
             raise EngineClosed(_CLOSED)

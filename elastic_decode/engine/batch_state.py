@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -75,11 +76,14 @@ class AutomatonPool:
             if unused:
                 del self._placed[min(unused, key=lambda pair: pair[0])[1]]
                 continue
-            old = self.tensor
-            grown = torch.zeros(max(2 * len(old), start + size), dtype=torch.int32, device=old.device)
-            self._device.launch(lambda: grown[: len(old)].copy_(old))
-            self.tensor = grown
-            self.growths += 1
+            self._grow(start + size)
+
+    def _grow(self, size: int) -> None:
+        old = self.tensor
+        grown = torch.zeros(max(2 * len(old), size), dtype=torch.int32, device=old.device)
+        self._device.launch(lambda: grown[: len(old)].copy_(old))
+        self.tensor = grown
+        self.growths += 1
 
 
 class _Columns:
@@ -227,8 +231,8 @@ class BatchState:
             (self._ending, State.END_REQUESTED, 1),
         ):
             if users:
-                column, rows = self.state[:, word], upload(list(users), np.int64)
-                launch(lambda column=column, rows=rows, value=value: column.index_fill_(0, rows, value))
+                rows = upload(list(users), np.int64)
+                launch(partial(self.state[:, word].index_fill_, 0, rows, value))
         self._admitted.clear()
         self._finished.clear()
         self._ending.clear()
@@ -259,7 +263,7 @@ class BatchState:
             value_row = upload(values.view(np.int32))
             launch(lambda: table.bias_ids[slot].copy_(id_row))
             launch(lambda: table.bias_values[slot].copy_(value_row.view(torch.float32)))
-        # A row that has none of its own must not take its predecessor's, once another row brings the table in.
+        # A row without its own must not take its predecessor's, once another row brings the table in.
         if not bans and table.ban_ids.shape[1]:
             launch(lambda: table.ban_ids[slot].fill_(-1))
         if not bias and table.bias_ids.shape[1]:

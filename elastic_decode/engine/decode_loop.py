@@ -85,7 +85,8 @@ class DecodeLoop:
         on, slots = device.device, batch.num_slots
         self._arange = torch.arange(slots + 1, dtype=torch.int32, device=on)
         self._inputs = torch.zeros((4, slots), dtype=torch.int32, device=on)
-        # The same memory every step: at a large vocabulary a new one costs page faults, and recorded steps name it.
+        # The same memory every step: recorded steps name it, and at a large vocabulary a new one costs page
+        # faults.
         self._logits = torch.empty((slots, batch.vocab_size), dtype=torch.float32, device=on)
         self._recordings = Recordings()
         self.steps = 0

@@ -114,7 +114,7 @@ class Device(ABC):
 
     def upload(self, values: Sequence[int] | np.ndarray, dtype: type = np.int32) -> torch.Tensor:
         """A new device tensor that holds `values` for whatever is launched after this."""
-        array = np.ascontiguousarray(values, dtype=dtype)
+        array: np.ndarray = np.ascontiguousarray(values, dtype=dtype)
         torch_dtype = _TORCH_DTYPES[array.dtype]
         target = self._empty(array.shape, torch_dtype)
         if array.nbytes == 0:

@@ -5,7 +5,6 @@ Attention may read those pages once for all of them (kernels.paged_attention.Sha
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -44,7 +43,7 @@ def group_by_prefix(sequences: SequenceOf[Sequence], page_size: int) -> PrefixGr
     for rows in by_page.values():
         length = 0
         if len(rows) > 1:
-            length = len(os.path.commonprefix([row.pages for row in rows])) * page_size
+            length = _common(rows) * page_size
         if length < WORTHWHILE:
             ordered += rows
             sizes += [1] * len(rows)
@@ -54,3 +53,10 @@ def group_by_prefix(sequences: SequenceOf[Sequence], page_size: int) -> PrefixGr
             sizes.append(len(rows))
             lengths.append(length)
     return PrefixGroups(ordered, sizes, lengths) if any(lengths) else None
+
+
+def _common(rows: list[Sequence]) -> int:
+    """How many pages all of `rows` begin with."""
+    pages = [row.pages for row in rows]
+    first, last = min(pages), max(pages)  # what these two share, all in between share
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))

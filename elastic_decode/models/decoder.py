@@ -91,7 +91,6 @@ class Decoder:
         heads, kv_heads, eps = config.num_heads, config.num_kv_heads, config.rms_norm_eps
         scale = config.head_dim**-0.5
         positions, slot_mapping = batch.positions, batch.slot_mapping
-        extra = {} if batch.shared is None else {"shared": batch.shared}
         page_table, seq_lens, query_start = batch.page_table, batch.seq_lens, batch.query_start
         normed, qkv, query, attended, attended_rows, projected, gate_up, activated = self._buffers(
             len(input_ids)
@@ -123,7 +122,7 @@ class Decoder:
                 query_start,
                 scale=scale,
                 window=window,
-                **extra,
+                shared=batch.shared,
                 out=attended,
             )
             if next_norm is None and rows is not None:
