@@ -54,7 +54,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.delimiters = delimiters
         self.max_model_len = parts.max_model_len
-        self.backend = parts.backend
+        self.backends = parts.backends
         self._shared = shared
         self._runner, self._intake, self._loop, self._pool, self._device = (
             parts.runner,

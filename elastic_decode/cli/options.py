@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic_decode.assets import tiny_model_path
-from elastic_decode.config import EngineConfig
+from elastic_decode.config import DTYPES, KV_DTYPES, EngineConfig
 from elastic_decode.core import SamplingParams
 from elastic_decode.errors import ConfigError
 
@@ -181,10 +181,8 @@ def add_engine(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     preset = EngineConfig(**defaults)
     group = parser.add_argument_group("engine")
     group.add_argument("--device", default=preset.device, help=f"cpu or cuda[:i] (default: {preset.device})")
-    group.add_argument("--dtype", default=preset.dtype, choices=("auto", "float32", "bfloat16", "float16"))
-    group.add_argument(
-        "--kv-dtype", default=preset.kv_dtype, choices=("auto", "float32", "bfloat16", "float16")
-    )
+    group.add_argument("--dtype", default=preset.dtype, choices=DTYPES)
+    group.add_argument("--kv-dtype", default=preset.kv_dtype, choices=KV_DTYPES)
     group.add_argument(
         "--max-batch", type=int, default=preset.max_batch, help=f"rows at once (default: {preset.max_batch})"
     )
@@ -211,12 +209,21 @@ def add_engine(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     )
     group.add_argument(
         "--backend",
+        type=backend,
         default=preset.backend,
-        help="auto, reference, cpu, triton, … (see `elastic-decode info`)",
+        metavar="NAME|OP=NAME,…",
+        help="auto, reference, cpu, triton, …, or single ops: linear=torch (see `elastic-decode info`)",
     )
     group.add_argument(
         "--no-prefix-cache", action="store_true", help="do not reuse KV pages of equal prompt beginnings"
     )
+
+
+def backend(text: str) -> str | dict[str, str]:
+    """`triton` as it is; `linear=torch,draw=cuda` as a mapping."""
+    if "=" not in text:
+        return text
+    return {op.strip(): name.strip() for op, _, name in (part.partition("=") for part in text.split(","))}
 
 
 def engine_of(arguments: argparse.Namespace) -> EngineConfig:

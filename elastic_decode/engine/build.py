@@ -32,6 +32,21 @@ def check_device(name: str) -> None:
         raise ConfigError(f"device {name!r}: no CUDA device is available to torch here; use device='cpu'")
 
 
+def choose_backends(config: EngineConfig, kv_dtype: torch.dtype) -> dict[str, str]:
+    """The backend of each op for `config`. Raises ConfigError where one cannot run here as configured."""
+    device_type = torch.device(config.device).type
+    try:
+        backends = registry.resolve(config.backend, device_type, batch_invariant=config.batch_invariant)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"EngineConfig.backend: {error}") from error
+    if kv_dtype == torch.float8_e4m3fn and "cpu" in (backends["rope"], backends["paged_attention"]):
+        raise ConfigError(
+            "EngineConfig.kv_dtype 'float8_e4m3fn': the CPU kernels have no such KV cache; use 'bfloat16' or "
+            "'float32', or a GPU"
+        )
+    return backends
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
     """What an Engine holds of its inside. `max_model_len` is the resolved one."""
@@ -42,7 +57,7 @@ class Parts:
     pool: PagePool
     device: Device
     max_model_len: int
-    backend: str
+    backends: dict[str, str]  # op -> backend
 
 
 def build(
@@ -58,13 +73,9 @@ def build(
     work.
     """
     device = open_device(config.device, graphs=config.cuda_graphs)
-    backend = registry.default_backend(device.device.type) if config.backend == "auto" else config.backend
-    for op in registry.OPS:
-        reason = registry.why_unavailable(op, backend)
-        if reason is not None:
-            raise ConfigError(f"backend {backend!r} cannot decode here: {reason}; see `elastic-decode info`")
     dtype_name = str(weights.dtype).removeprefix("torch.")
     kv_dtype = choose_dtype(config.kv_dtype, dtype_name, device.device)
+    backends = choose_backends(config, kv_dtype)
     num_pages, max_model_len = plan_pages(
         model,
         page_size=config.page_size,
@@ -83,11 +94,9 @@ def build(
         device=device,
     )
     ring = OutputRing(length=config.horizon, width=config.max_batch, device=device)
-    decoder = Decoder(model, weights, backend=backend, max_positions=max_model_len)
+    decoder = Decoder(model, weights, backend=backends, max_positions=max_model_len)
     scheduler = Scheduler(pool, kv_pages, batch, prefill_tokens=config.prefill_tokens)
-    loop = DecodeLoop(
-        decoder, kv_pages, pool, batch, ring, device, backends=dict.fromkeys(registry.OPS, backend)
-    )
+    loop = DecodeLoop(decoder, kv_pages, pool, batch, ring, device, backends=backends)
     intake = Intake(
         tokenizer=tokenizer,
         delimiters=delimiters,
@@ -106,4 +115,4 @@ def build(
         device=device,
         horizon=config.horizon,
     )
-    return Parts(runner, intake, loop, pool, device, max_model_len, backend)
+    return Parts(runner, intake, loop, pool, device, max_model_len, backends)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,12 +48,19 @@ class _Buffers(NamedTuple):
 
 
 class Decoder:
-    """Runs `weights` on the kernels of one backend. Checks nothing: the engine builds well-formed batches."""
+    """Runs `weights` on the kernels. Checks nothing: the engine builds well-formed batches."""
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, *, backend: str = "cpu", max_positions: int
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        *,
+        backend: str | Mapping[str, str] = "cpu",
+        max_positions: int,
     ) -> None:
-        """max_positions: rows of the rotary table; positions stay below. backend: one of the registry's."""
+        """max_positions: rows of the rotary table; positions stay below. backend: of each op (what
+        `registry.resolve` gives), or one that has them all.
+        """
         self.config = config
         self.weights = weights
         self.max_positions = max_positions

@@ -170,13 +170,16 @@ def test_every_policy_by_name(run, flags, check):
         (["generate", "tiny", "-p", "x", "--policy", "truncate", "--think", "4"], 1, "--total"),
         (["generate", "tiny", "-p", "x", "--policy", "wrap-up"], 1, "--text"),
         (["generate", "tiny", "-p", "x", "--wait", "hm"], 1, "--wait belongs to --policy budget-forcing"),
-        (["generate", "tiny", "-p", "x", "--device", "cuda:7"], 1, "cuda"),
-        (["generate", "tiny", "-p", "x", "--backend", "flashinfer"], 1, "flashinfer"),
+        (["generate", "tiny", "-p", "x", "--device", "cuda:7"], 1, "device 'cuda:7'"),
+        (["generate", "tiny", "-p", "x", "--backend", "flashinfer"], 1, "'flashinfer'"),
         (["generate", "tiny", "-p", "x", "--top-k", "9999999999999"], 1, "top_k"),
         (["generate", "tiny", "-p", "x", "--jsonl", "-o", "."], 1, "folder"),
         (["generate", "tiny", "-p", "x", "--frobnicate"], 2, "frobnicate"),
         (["generate", "tiny", "-p", "x", "--kv-memory", "lots"], 1, "kv_memory"),
         (["generate", "tiny", "-p", "x", "--backend", "quantum"], 1, "quantum"),
+        (["generate", "tiny", "-p", "x", "--backend", "linear=quantum"], 1, "quantum"),
+        (["generate", "tiny", "-p", "x", "--backend", "rope=cpu,liner=cpu"], 1, "unknown op 'liner'"),
+        (["generate", "tiny", "-p", "x", "--kv-dtype", "float8_e4m3fn"], 1, "float8_e4m3fn"),
         (["generate", "tiny", "-p", "x", "--think", "100000", "--solve", "5"], 1, "100000"),
         ([], 2, "COMMAND"),
     ],
@@ -214,10 +217,13 @@ def test_info_tells_backends_and_reasons(run):
     assert code == 0
     assert found["backends"]["paged_attention"]["cpu"] is None
     assert "no cuda implementation" in found["backends"]["linear"]["cuda"]
+    assert set(found["auto"]["cpu"].values()) == {"cpu"}
+    assert set(found["auto"]["cuda"].values()) == {"triton"}
     assert found["model"]["think_close"]["text"] == "</think>"
     code, out, _ = run("info")
     assert code == 0
     assert "Kernels" in out
+    assert "backend auto: on cpu cpu, on cuda triton" in " ".join(out.split())
 
 
 def test_help_teaches(run):
