@@ -1,5 +1,6 @@
 # Two commands for everybody: `make demo` and `make test`. Every target makes .venv and installs what it needs;
-# stamp files in .venv keep repeat runs fast. Overridable: PYTHON, VENV, TORCH, TORCH_INDEX, ARGS.
+# stamp files in .venv keep repeat runs fast. Overridable: PYTHON, VENV, TORCH, TORCH_INDEX, ARGS. The gpu- targets
+# take Python as it is where its torch sees a GPU already.
 
 VENV ?= .venv
 # The first Python that is new enough, unless one is named.
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --no-input
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint format compile-check bench bundled-model clean
+.PHONY: help demo test lint format compile-check bench bundled-model clean gpu-build gpu-check gpu-bench gpu-sanitize
 .DEFAULT_GOAL := help
 
 help:
@@ -30,6 +31,9 @@ help:
 	@echo "make format         ruff format and fixes, clang-format"
 	@echo "make compile-check  GPU kernels, compiled without a GPU"
 	@echo "make bench          decode tokens/s beside Hugging Face generate"
+	@echo "make gpu-check      build for the GPU and run all its tests, none skipped"
+	@echo "make gpu-bench      measure on the GPU (WHAT=ops|decode|peers; default: all)"
+	@echo "make gpu-sanitize   the CUDA kernels under compute-sanitizer"
 	@echo "make bundled-model  train the bundled tiny model anew"
 	@echo "make clean          remove .venv and everything built"
 
@@ -63,6 +67,42 @@ bench: $(VENV)/.built $(VENV)/.test
 
 bundled-model: $(VENV)/.built
 	$(BIN)/python recipes/bundled_model/train.py --out elastic_decode/assets/tiny $(ARGS)
+
+# ---- with a GPU ----
+
+# A machine set up for CUDA, perhaps without a network, is used as it is: where $(PYTHON) has what is needed and its
+# torch sees a GPU, or where VENV=system says so, nothing is installed and the extension is built in place. Elsewhere
+# it is $(VENV), as for the other targets.
+NEEDED_ON_GPU := import torch, triton, transformers, tokenizers, safetensors, pybind11, setuptools, pytest, hypothesis
+SYSTEM = $(if $(filter system,$(VENV)),yes,$(shell $(PYTHON) -c \
+	'$(NEEDED_ON_GPU); print("yes" if torch.cuda.is_available() else "")' 2>/dev/null))
+# Only the package on the path, not the repository's root (see PYTHONSAFEPATH above).
+GPU_PYTHON = $(if $(SYSTEM),PYTHONPATH=$(CURDIR)/build/path:$(CURDIR)/benchmarks $(PYTHON),\
+	PYTHONPATH=$(CURDIR)/benchmarks $(BIN)/python)
+WHAT ?= ops decode peers
+
+BUILD_IN_PLACE = mkdir -p build/path && ln -sfn ../../elastic_decode build/path/elastic_decode && \
+	$(PYTHON) setup.py -q build_ext --inplace
+BUILD_IN_VENV = $(MAKE) $(VENV)/.built $(VENV)/.test && $(BIN)/python setup.py -q build_ext --inplace
+
+gpu-build:
+	export ELASTIC_DECODE_CUDA=1; $(if $(SYSTEM),$(BUILD_IN_PLACE),$(BUILD_IN_VENV))
+
+gpu-check: gpu-build
+	ELASTIC_DECODE_REQUIRE=triton,cuda $(GPU_PYTHON) tests/gpu/run.py $(ARGS)
+
+gpu-bench: gpu-build
+	$(GPU_PYTHON) benchmarks/bench_gpu.py $(WHAT) $(ARGS)
+
+# Each tool instruments our kernels only. It slows them tenfold and more, so what has run when the time is up is told,
+# in an order without meaning, and counts.
+SANITIZE = $(GPU_PYTHON) tests/gpu/run.py --backend cuda --part --minutes 3.5 $(ARGS) --under "compute-sanitizer \
+	$$(compute-sanitizer --help | grep -q -- --kernel-name && echo --kernel-name kns=elastic_decode) \
+	--error-exitcode 99 --print-limit 5
+gpu-sanitize: gpu-build
+	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is missing: it comes with CUDA" >&2; exit 1; }
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool memcheck"
+	$(SANITIZE) --tool racecheck"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

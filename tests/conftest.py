@@ -1,18 +1,42 @@
 """What every test shares: skips for what this process cannot run."""
 
+import importlib.util
 import os
+from collections.abc import Generator
 
 import pytest
 import torch
 
+# GPU backends that must be there: "triton,cuda" makes one that is not, and every GPU test that skips, an error.
+REQUIRED = set(filter(None, os.environ.get("ELASTIC_DECODE_REQUIRE", "").replace(" ", "").split(",")))
+
 
 def pytest_configure() -> None:
+    lacking = [reason for backend in sorted(REQUIRED) for reason in why_lacking(backend)]
+    if lacking:
+        raise pytest.UsageError("ELASTIC_DECODE_REQUIRE: " + "; ".join(lacking))
     # Tests work on small tensors, where a thread more costs more than it gives: on a busy machine, far more.
     # Those that are about threads set their number themselves.
     torch.set_num_threads(1)
 
 
 GPU_BACKENDS = ("triton", "cuda", "flashinfer")
+
+
+def why_lacking(backend: str) -> list[str]:
+    """Why tests of `backend` could not all run here; nothing where they can."""
+    from elastic_decode.kernels import registry
+
+    if backend not in GPU_BACKENDS:
+        return [f"{backend!r} is none of {', '.join(GPU_BACKENDS)}"]
+    if not torch.cuda.is_available():
+        return [f"{backend}: torch sees no CUDA device"]
+    package = registry.__name__.rpartition(".")[0]
+    ops = [op for op in registry.OPS if importlib.util.find_spec(f"{package}.{op}.{backend}")]
+    reasons = {op: registry.why_unavailable(op, backend) for op in ops}
+    return [f"{backend} {op}: {reason}" for op, reason in reasons.items() if reason is not None] or (
+        [] if ops else [f"no op has a {backend} implementation"]
+    )
 
 
 def backends_of(item: pytest.Item) -> set[str]:
@@ -36,3 +60,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_gpu)
         if item.get_closest_marker("interpret") and os.environ.get("TRITON_INTERPRET") != "1":
             item.add_marker(not_interpreted)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    needs = backends_of(item)
+    required = item.get_closest_marker("gpu") and (not needs or needs & REQUIRED)
+    if REQUIRED and required and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome, report.longrepr = "failed", f"a GPU test may not skip here: {reason}"
+    return report
