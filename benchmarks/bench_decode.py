@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import harness
+import shapes
 import torch
 import transformers
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
@@ -99,7 +100,7 @@ def budget_share(engine: Engine, prompts: torch.Tensor, new: int) -> tuple[float
 
 def bench_shape(name: str, tokenizer: Any, arguments: argparse.Namespace) -> None:
     """One row a batch size."""
-    model = harness.random_qwen2(harness.SHAPES[name], getattr(torch, arguments.dtype))
+    model = harness.random_qwen2(name, getattr(torch, arguments.dtype))
     config = EngineConfig(
         dtype=arguments.dtype,
         max_batch=max(arguments.batch),
@@ -111,7 +112,7 @@ def bench_shape(name: str, tokenizer: Any, arguments: argparse.Namespace) -> Non
     with Engine.from_model(model, tokenizer, config) as engine:
         for batch in arguments.batch:
             # Past the tokenizer's ids: nothing in the prompt can be a delimiter.
-            prompts = torch.randint(1000, harness.SHAPES[name].config["vocab_size"], (batch, PROMPT))
+            prompts = torch.randint(1000, shapes.SHAPES[name]["vocab_size"], (batch, PROMPT))
             run_engine(engine, prompts, 8)
             run_hf(model, prompts, 8)
             ours, theirs = harness.paired(
@@ -152,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shapes", nargs="+", default=["small", "0.5B"], choices=list(harness.SHAPES))
+    parser.add_argument("--shapes", nargs="+", default=["small", "0.5B"], choices=list(shapes.SHAPES))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--new", type=int, default=64, help="new tokens a row (default: 64)")

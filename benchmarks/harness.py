@@ -15,57 +15,27 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import shapes
 import torch
 import transformers
 
 RESULTS = Path(__file__).parent / "results"
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A decoder's size; weights are random, so speed is real and text is not."""
-
-    name: str
-    config: dict[str, Any]
-
-
-SMALL = Shape(
-    "small",
-    {
-        "hidden_size": 256,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "intermediate_size": 1024,
-        "vocab_size": 4096,
-        "tie_word_embeddings": True,
-    },
-)
-HALF_B = Shape(
-    "0.5B",
-    {
-        "hidden_size": 896,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "intermediate_size": 4864,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    },
-)
-SHAPES = {shape.name: shape for shape in (SMALL, HALF_B)}
-
-
-def random_qwen2(shape: Shape, dtype: torch.dtype) -> transformers.PreTrainedModel:
+def random_qwen2(
+    shape: str, dtype: torch.dtype, device: str = "cpu", max_positions: int = 4096
+) -> transformers.PreTrainedModel:
+    """A Hugging Face module of one of `shapes.SHAPES`, made where it is to run."""
     torch.manual_seed(0)
+    settings = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     config = transformers.Qwen2Config(
-        **shape.config, max_position_embeddings=4096, bos_token_id=None, eos_token_id=None, pad_token_id=None
+        **shapes.SHAPES[shape], **settings, max_position_embeddings=max_positions
     )
-    with torch.no_grad():
+    with torch.no_grad(), torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval()
 
@@ -79,7 +49,12 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit that is measured, with a mark where the tree has changes."""
+    """The commit that is measured, with a mark where the tree has changes. $ELASTIC_DECODE_COMMIT says it for
+    a copy of the tree without its history.
+    """
+    said = os.environ.get("ELASTIC_DECODE_COMMIT")
+    if said:
+        return said
     here = Path(__file__).parent
     run = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
@@ -87,16 +62,42 @@ def commit() -> str:
     return run.stdout.strip() or "unknown"
 
 
+def cpu_facts() -> dict[str, Any]:
+    return {"device": cpu_name(), "threads": torch.get_num_threads()}
+
+
+def cuda_facts() -> dict[str, Any]:
+    import triton
+
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = "unknown"
+    return {
+        "device": torch.cuda.get_device_name(),
+        "cuda": torch.version.cuda,
+        "driver": driver,
+        "triton": triton.__version__,
+    }
+
+
+@cache
 def facts(device: str = "cpu") -> dict[str, Any]:
     """What a row says of the machine it was measured on."""
     return {
-        "device": cpu_name() if device == "cpu" else torch.cuda.get_device_name(device),
-        "threads": torch.get_num_threads(),
+        **(cpu_facts() if device == "cpu" else cuda_facts()),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+def synchronize(device: str) -> None:
+    """Wait until a GPU has done all it was given."""
+    if device != "cpu":
+        torch.cuda.synchronize()
 
 
 def append(row: dict[str, Any]) -> None:

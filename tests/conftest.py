@@ -7,7 +7,7 @@ from collections.abc import Generator
 import pytest
 import torch
 
-# GPU backends that must be there: "triton,cuda" makes one that is not, and every GPU test that skips, an error.
+# GPU backends that must be there; with "triton,cuda", one that is not, and a GPU test that skips, are errors.
 REQUIRED = set(filter(None, os.environ.get("ELASTIC_DECODE_REQUIRE", "").replace(" ", "").split(",")))
 
 
