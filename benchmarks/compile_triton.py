@@ -12,7 +12,7 @@ An op takes part by offering, in kernels/<op>/triton.py,
 
 which yields (name, kernel, signature, constexprs, options) for each variant worth compiling:
     name        unique within the op. A name with "prefill" in it may spill; all others run in decode and
-                may not
+                may not. A name that ends in " on sm_90" is compiled for that one
     kernel      the function under @triton.jit
     signature   {argument: type} for every argument that is no constexpr, in any order: "*bf16" (a pointer),
                 "i32", "fp32". Pointers count as divisible by 16, as torch allocates them; ":16" after an
@@ -131,6 +131,7 @@ def main() -> int:
         for index, case in enumerate(cases(op))
         if arguments.only in case[0]
         for arch in arguments.arch
+        if " on sm_" not in case[0] or case[0].endswith(f" on sm_{arch}")
     ]
     print(f"{'op':16} {'kernel':44} {'arch':7} {'registers':>9} {'shared':>7} {'spilled':>7}")
     faults = []

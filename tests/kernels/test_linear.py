@@ -1,3 +1,4 @@
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -5,19 +6,23 @@ import torch
 
 from elastic_decode.kernels import _C, registry
 from elastic_decode.kernels.linear import linear
-from elastic_decode.kernels.testing import assert_close
+from elastic_decode.kernels.testing import assert_close, device_of, runnable
 
 BEST = _C.cpu.isa()
 ISAS = [name for name, isa in _C.cpu.Isa.__members__.items() if int(isa) <= int(BEST)]
 
 
-def variants() -> list:
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
+
+
+def variants() -> list[str]:
     """Every backend that can run here; the C++ one once for each instruction set."""
-    found = [name for name, reason in registry.available("linear").items() if reason is None]
-    params = [name for name in found if name not in ("cpu", "triton")]
-    params += [f"cpu-{isa}" for isa in ISAS] if "cpu" in found else []
-    params += [pytest.param("triton", marks=pytest.mark.interpret)] if "triton" in found else []
-    return params
+    found = runnable("linear")
+    params = [name for name in found if name != "cpu"]
+    return params + [f"cpu-{isa}" for isa in ISAS] if "cpu" in found else params
 
 
 @pytest.fixture(params=variants())
@@ -26,8 +31,21 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     name, _, isa = request.param.partition("-")
     if isa:
         _C.cpu.limit_isa(_C.cpu.Isa.__members__[isa])
-    yield name
+    with torch.device(device_of(name)):
+        yield name
     _C.cpu.limit_isa(BEST)
+
+
+def skip_unless_computed(backend: str, dtype: torch.dtype) -> None:
+    if backend == "triton" and dtype == torch.bfloat16 and INTERPRETING:
+        pytest.skip("the interpreter does no bfloat16 arithmetic")
+    if backend == "cpu" and dtype == torch.float16:
+        pytest.skip("the C++ kernels take no float16")
+
+
+def skip_unless_invariant(backend: str) -> None:
+    if backend in registry.NOT_BATCH_INVARIANT["linear"]:
+        pytest.skip("not batch-invariant, as it says")
 
 
 @pytest.fixture
@@ -38,10 +56,10 @@ def threads() -> Iterator:
 
 
 def random_inputs(tokens: int, outputs: int, inputs: int, dtype: torch.dtype, seed: int = 0) -> tuple:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, inputs, generator=generator).to(dtype)
-    weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
-    bias = torch.randn(outputs, generator=generator).to(dtype)
+    torch.manual_seed(seed)
+    x = torch.randn(tokens, inputs).to(dtype)
+    weight = torch.randn(outputs, inputs).to(dtype)
+    bias = torch.randn(outputs).to(dtype)
     return x, weight, bias
 
 
@@ -61,13 +79,14 @@ SHAPES = [
     (67, 9, 3333),
     (130, 12, 1601),
 ]
+if INTERPRETING:  # which takes its time
+    SHAPES = [shape for shape in SHAPES if shape[0] * shape[2] < 100_000]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@DTYPES
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
 def test_close_to_exact(backend: str, dtype: torch.dtype, biased: bool) -> None:
-    if backend == "triton" and dtype == torch.bfloat16:
-        pytest.skip("the interpreter does no bfloat16 arithmetic")
+    skip_unless_computed(backend, dtype)
     for shape in SHAPES:
         x, weight, bias = random_inputs(*shape, dtype)
         added = bias if biased else None
@@ -75,38 +94,41 @@ def test_close_to_exact(backend: str, dtype: torch.dtype, biased: bool) -> None:
         baseline = torch.nn.functional.linear(x, weight, added)
         # Terms cancel: a unit in the last place is one of the terms' sum, not of the result's.
         floor = torch.finfo(torch.float32).eps * (x.double().abs() @ weight.double().abs().T).max().item()
-        if dtype == torch.bfloat16:
+        if dtype != torch.float32:
             floor = None
         out = torch.full(baseline.shape, torch.nan, dtype=dtype)
         result = linear(x, weight, added, out=out, backend=backend)
         assert result is out
         assert_close(out, exact, baseline, floor=floor, what=f"linear {shape}")
-        assert torch.equal(linear(x, weight, added, backend=backend), out)
+        if backend not in registry.NOT_BATCH_INVARIANT["linear"]:
+            assert torch.equal(linear(x, weight, added, backend=backend), out)
 
 
-def test_float32_out_of_bfloat16(backend: str) -> None:
-    if backend == "triton":
-        pytest.skip("the interpreter does no bfloat16 arithmetic")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_float32_out_of_half(backend: str, dtype: torch.dtype) -> None:
+    skip_unless_computed(backend, dtype)
     for shape in SHAPES:
-        x, weight, bias = random_inputs(*shape, torch.bfloat16)
+        x, weight, bias = random_inputs(*shape, dtype)
         exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
         baseline = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
         floor = torch.finfo(torch.float32).eps * (x.double().abs() @ weight.double().abs().T).max().item()
         result = linear(x, weight, bias, out_dtype=torch.float32, backend=backend)
         assert_close(result, exact, baseline, floor=floor, what=f"linear {shape}")
-        rounded = linear(x, weight, bias, backend=backend)
-        assert torch.equal(rounded, result.bfloat16())
         out = torch.full(baseline.shape, torch.nan)
         assert torch.equal(linear(x, weight, bias, out=out, backend=backend), result)
+        if backend not in registry.NOT_BATCH_INVARIANT["linear"]:
+            assert torch.equal(linear(x, weight, bias, backend=backend), result.to(dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@DTYPES
 @pytest.mark.parametrize(("outputs", "inputs"), [(37, 67), (200, 896), (500, 96), (21, 3333)])
 def test_rows_do_not_depend_on_the_batch(
     backend: str, dtype: torch.dtype, outputs: int, inputs: int, threads
 ) -> None:
     if backend == "triton":
-        pytest.skip("measured on a device")
+        pytest.skip("has a test of its own, below")
+    skip_unless_invariant(backend)
+    skip_unless_computed(backend, dtype)
     x, weight, bias = random_inputs(257, outputs, inputs, dtype)
     threads(1)
     alone = torch.cat([linear(row.unsqueeze(0), weight, bias, backend=backend) for row in x])
@@ -118,11 +140,86 @@ def test_rows_do_not_depend_on_the_batch(
                 assert torch.equal(part, alone[start : start + tokens]), (tokens, start, count)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_columns_do_not_depend_on_the_slice_of_weights(backend: str, dtype: torch.dtype) -> None:
+@pytest.fixture
+def sums_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the interpreter: tl.dot adds its products to the accumulator one k after the other. NumPy's would
+    sum in an order of its own for each shape; a GPU's instructions are taken as they are."""
+    if not INTERPRETING:
+        return
+    from triton.runtime import interpreter
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        left, right, total = a.data.astype("float32"), b.data.astype("float32"), d.data.copy()
+        for k in range(left.shape[1]):
+            total += left[:, k, None] * right[None, k]
+        return interpreter.TensorHandle(total, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+WEIGHTS = [(70, 67), (40, 700), (9, 1410)]
+if not INTERPRETING:
+    WEIGHTS += [(2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960), (9728, 896), (896, 4864)]
+
+
+@DTYPES
+@pytest.mark.parametrize("name", ["triton"])
+@pytest.mark.parametrize(("outputs", "inputs"), WEIGHTS)
+def test_bits_do_not_depend_on_the_tile(
+    name: str, dtype: torch.dtype, outputs: int, inputs: int, sums_in_order: None, monkeypatch
+) -> None:
+    """Every tile, with splits spread over programs and walked by one."""
+    skip_unless_computed(name, dtype)
+    from elastic_decode.kernels.linear import triton as module
+
+    with torch.device(device_of(name)):
+        x, weight, bias = random_inputs(257, outputs, inputs, dtype)
+        whole = linear(x, weight, bias, backend=name)
+        for tokens in (1, 2, 7, 16, 17, 64, 65, 256):
+            for most, start in ((0, 257 - tokens), (1000, 0)):
+                monkeypatch.setattr(module, "SPREAD_TOKENS", most)
+                part = linear(x[start : start + tokens], weight, bias, backend=name)
+                assert torch.equal(part, whole[start : start + tokens]), (tokens, start, most)
+        assert all(not counters.any() for counters in module._arrived.values())
+
+
+def test_plans_of_real_weights() -> None:
+    """What the tables beside the Triton kernel promise, on every architecture."""
+    pytest.importorskip("triton")
+    from elastic_decode.kernels.linear.triton import SPLIT_DEPTH, TILES, plan
+
+    assert plan(1, 1536, 8960, torch.bfloat16, 90)[1:] == (10, 896, True)
+    for arch, tiles in TILES.items():
+        for hidden, qkv, intermediate in ((896, 1152, 4864), (1536, 2048, 8960), (3584, 4608, 18944)):
+            for outputs, inputs in (
+                (qkv, hidden),
+                (hidden, hidden),
+                (2 * intermediate, hidden),
+                (hidden, intermediate),
+                (151936, hidden),
+            ):
+                for dtype in (torch.bfloat16, torch.float32):
+                    plans = [plan(n, outputs, inputs, dtype, arch) for n in (1, 17, 65, 300, 2048)]
+                    assert len({found[1:3] for found in plans}) == 1
+                    for tokens, found in zip((1, 17, 65, 300, 2048), plans, strict=True):
+                        tile, count, length, spread = found
+                        assert length % SPLIT_DEPTH == SPLIT_DEPTH % tile.depth == 0
+                        assert (count - 1) * length < inputs <= count * length
+                        cut = -(-outputs // tile.outputs) * -(-tokens // tile.tokens)
+                        assert not spread or cut < tiles.processors  # that many counters there are
+                    programs = -(-outputs // 64) * plans[0].splits
+                    assert programs > tiles.processors or inputs // plans[0].splits <= 3 * SPLIT_DEPTH
+                    assert plans[0].spread == (plans[0].splits > 1)
+                    assert not plans[-1].spread
+
+
+@DTYPES
+def test_columns_do_not_depend_on_the_slice_of_weights(
+    backend: str, dtype: torch.dtype, sums_in_order: None
+) -> None:
     """Fused matrices give what their parts give; rows need not start on a cache line."""
-    if backend == "triton":
-        pytest.skip("measured on a device")
+    skip_unless_invariant(backend)
+    skip_unless_computed(backend, dtype)
     x, weight, bias = random_inputs(6, 100, 77, dtype)
     whole = linear(x, weight, bias, backend=backend)
     for begin, end in ((0, 1), (1, 2), (3, 50), (50, 100), (99, 100)):
