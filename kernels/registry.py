@@ -25,6 +25,8 @@ NOT_BATCH_INVARIANT: dict[str, tuple[str, ...]] = {
     "linear": ("torch",),
     "paged_attention": ("flashinfer",),
 }
+# Other contracts than the op's, to measure beside: an engine is never given them.
+COMPARISON_ONLY: dict[str, tuple[str, ...]] = {"sample": ("flashinfer",)}
 OPS: tuple[str, ...] = (
     "linear",
     "rms_norm",
@@ -156,6 +158,10 @@ def resolve(
             raise RuntimeError(
                 f"{meant}, which cannot run here: {reason}; what can is {', '.join(others) or 'nothing'} "
                 "(`elastic-decode info` says why not the others)"
+            )
+        if backend in COMPARISON_ONLY.get(op, ()):
+            raise ValueError(
+                f"{meant}, which draws otherwise than {op} must and is there for comparison only"
             )
         if batch_invariant and backend in NOT_BATCH_INVARIANT.get(op, ()):
             raise ValueError(

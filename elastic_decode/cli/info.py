@@ -1,4 +1,4 @@
-"""`elastic-decode info`: versions, and which kernels run here, and why each other one does not."""
+"""`elastic-decode info`: versions, which kernels run here and why each other one does not, and --check."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import elastic_decode
-from elastic_decode.cli import options
+from elastic_decode.cli import check, options
 from elastic_decode.kernels import registry
 
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "flashinfer-python")
@@ -28,6 +28,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--model", default=None, help="a checkpoint folder or hub id: show its shape and delimiters, too"
     )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare each op that can run on the device with its reference; exit code 1 where one disagrees",
+    )
+    check.add_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -105,6 +111,8 @@ def _summed_up(chosen: dict[str, str]) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.check:
+        return check.run(arguments)
     found = collect(arguments.model)
     if arguments.json:
         print(json.dumps(found, indent=2))

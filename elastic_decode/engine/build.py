@@ -16,6 +16,7 @@ from elastic_decode.engine.device import Device, open_device
 from elastic_decode.engine.intake import Intake
 from elastic_decode.engine.kv_cache import KVPages, PagePool, plan_pages
 from elastic_decode.engine.output_ring import OutputRing
+from elastic_decode.engine.proof import must_be_proven, prove, shapes_of
 from elastic_decode.engine.runner import Runner
 from elastic_decode.engine.scheduler import Scheduler
 from elastic_decode.errors import ConfigError
@@ -70,12 +71,15 @@ def build(
     prefix_cache: bool,
 ) -> Parts:
     """Allocate pages and rows for `config` and connect everything. Raises ConfigError where the sizes cannot
-    work.
+    work, BackendUnproven where an op gives wrong results on this GPU.
     """
     device = open_device(config.device, graphs=config.cuda_graphs)
     dtype_name = str(weights.dtype).removeprefix("torch.")
     kv_dtype = choose_dtype(config.kv_dtype, dtype_name, device.device)
     backends = choose_backends(config, kv_dtype)
+    if must_be_proven(device.device):
+        shapes = shapes_of(model, weights.dtype, kv_dtype, config.page_size)
+        prove(backends, shapes, device.device, batch_invariant=config.batch_invariant)
     num_pages, max_model_len = plan_pages(
         model,
         page_size=config.page_size,

@@ -12,6 +12,7 @@ import pytest
 
 from elastic_decode.assets import tiny_model_path
 from elastic_decode.cli import main
+from elastic_decode.kernels.registry import OPS
 
 FAST = ["--dtype", "float32", "--max-model-len", "128", "--kv-memory", "16MiB"]
 
@@ -224,6 +225,64 @@ def test_info_tells_backends_and_reasons(run):
     assert code == 0
     assert "Kernels" in out
     assert "backend auto: on cpu cpu, on cuda triton" in " ".join(out.split())
+
+
+def test_info_checks_the_ops(run):
+    code, out, err = run(
+        "info", "--check", "--device", "cpu", "--model", "tiny", "--backend", "rope=reference", "--json"
+    )
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["ok"]
+    assert {(each["op"], each["backend"]) for each in found["checks"]} == {
+        (op, "reference" if op == "rope" else "cpu") for op in OPS
+    }
+    for each in found["checks"]:
+        assert each["ok"]
+        assert each["worst"]["error"] <= each["worst"]["bound"]
+        assert each["milliseconds"] > 0
+    code, out, _ = run("info", "--check", "--model", "tiny", "--device", "cpu", "--dtype", "bfloat16")
+    assert code == 0
+    assert [line.split()[2] for line in out.splitlines()] == ["ok"] * (len(OPS) + ("torch" in out))
+    assert "paged_attention" in out
+
+
+def test_info_check_finds_a_wrong_op(run, monkeypatch):
+    from elastic_decode.kernels import registry
+
+    real = registry.implementation
+
+    def wrong(op, backend, name=None):
+        if op != "silu_mul":
+            return real(op, backend, name)
+        return lambda gate_up, *, out: out.zero_()
+
+    monkeypatch.setattr(registry, "implementation", wrong)
+    code, out, _ = run("info", "--check", "--device", "cpu", "--model", "tiny", "--backend", "cpu", "--json")
+    assert code == 1
+    found = json.loads(out)
+    assert [each["op"] for each in found["checks"] if not each["ok"]] == ["silu_mul"]
+    assert not found["ok"]
+    code, out, _ = run("info", "--check", "--device", "cpu", "--model", "tiny", "--backend", "cpu")
+    assert code == 1
+    said = {line.split()[0]: line.split()[2] for line in out.splitlines()}
+    assert said == dict.fromkeys(OPS, "ok") | {"silu_mul": "ERROR"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backend", "quantum"], "--backend: unknown backend 'quantum'"),
+        (["--device", "cpu", "--backend", "linear=cuda"], "linear cannot run on 'cuda' here: linear has no"),
+        (["--device", "tpu"], "EngineConfig.device"),
+        (["--device", "cuda:77"], "device 'cuda:77'"),
+        (["--page-size", "0"], "page_size"),
+        (["--model", "no/such/folder/here"], "no/such/folder"),
+    ],
+)
+def test_info_check_says_what_it_cannot(run, arguments, message):
+    code, _, err = run("info", "--check", *arguments)
+    assert (code, message in err) == (1, True), err
 
 
 def test_help_teaches(run):
