@@ -3,6 +3,7 @@ pairs.
 
     make bench                                    # the small and the 0.5B shape, batch 1, 8, 32, bfloat16
     make bench ARGS="--shapes small --batch 1"
+    make gpu-bench WHAT=decode                    # on a GPU: decode_window.py, which takes over there
 
 Prompt 64 tokens, then `--new` tokens a row, greedy, EOS ignored; the engine thinks for half of them under a
 budget that forces the close, and solves for the rest, so the budget machine is part of what is timed. Decode
@@ -14,10 +15,12 @@ median time over the whole step's.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from functools import partial
 from typing import Any
 
+import decode_window
 import harness
 import shapes
 import torch
@@ -26,6 +29,8 @@ from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
 from elastic_decode import Budget, Engine, EngineConfig, Request, SamplingParams
 from elastic_decode.assets import tiny_model_path
+from elastic_decode.kernels import registry
+from elastic_decode.kernels.draw import make_ring
 
 PROMPT = 64
 
@@ -74,27 +79,46 @@ def run_engine(engine: Engine, prompts: torch.Tensor, new: int) -> float:
 
 
 def budget_share(engine: Engine, prompts: torch.Tensor, new: int) -> tuple[float, float]:
-    """(median microseconds of a decode step, of the budget step within it)."""
+    """(median microseconds of a decode step, of the budget step within it).
+
+    `draw` samples and steps the machine in one; so the machine's step is run and timed once more before each
+    draw, on a copy of its state and with the token to be drawn.
+    """
     loop = engine._loop
     steps: list[float] = []
     budgets: list[float] = []
-    whole, part = loop._step, loop._budget_step
+    whole, draw = loop._step, loop._draw
+    sample = registry.implementation("sample", "cpu")
+    budget_step = registry.implementation("budget", "cpu", "budget_step")
+    ring = make_ring(1, len(prompts))
+    ring.index.zero_()
+
+    aside: list[float] = []  # what measuring took out of each step
 
     def timed_step(*args: Any) -> None:
+        before = len(aside)
         begun = time.perf_counter()
         whole(*args)
-        steps.append(time.perf_counter() - begun)
+        steps.append(time.perf_counter() - begun - sum(aside[before:]))
 
-    def timed_budget(*args: Any) -> None:
+    def timed_draw(logits: Any, slots: Any, positions: Any, table: Any, machine: Any, out: Any) -> None:
+        entered = time.perf_counter()
+        drawn = sample(logits, slots, positions, table)
+        state = machine.state.clone()
+        rows = (state, machine.programs, machine.automata, slots, drawn.token, logits, drawn.lse)
+        more = (drawn.sampling_logprob, table.temperature, *ring)
         begun = time.perf_counter()
-        part(*args)
-        budgets.append(time.perf_counter() - begun)
+        budget_step(*rows, *more)
+        done = time.perf_counter()
+        budgets.append(done - begun)
+        aside.append(done - entered)
+        draw(logits, slots, positions, table, machine, out)
 
-    loop._step, loop._budget_step = timed_step, timed_budget  # type: ignore[method-assign]
+    loop._step, loop._draw = timed_step, timed_draw  # type: ignore[method-assign]
     try:
         run_engine(engine, prompts, new)
     finally:
-        loop._step, loop._budget_step = whole, part  # type: ignore[method-assign]
+        loop._step, loop._draw = whole, draw  # type: ignore[method-assign]
     return harness.median(steps) * 1e6, harness.median(budgets) * 1e6
 
 
@@ -149,7 +173,11 @@ def bench_shape(name: str, tokenizer: Any, arguments: argparse.Namespace) -> Non
                 harness.append(row)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:2] == ["--device", "cuda"]:
+        decode_window.main(argv)
+        return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -160,7 +188,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="pairs (default: 3)")
     parser.add_argument("--horizon", type=int, default=1)
     parser.add_argument("--dry", action="store_true", help="print only; append nothing to benchmarks/results")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     # its delimiters are among the ids
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model_path())

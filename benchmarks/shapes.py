@@ -14,7 +14,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "intermediate_size": 128,
-        "vocab_size": 512,
+        "vocab_size": 2048,
         "tie_word_embeddings": False,
     },
     "small": {

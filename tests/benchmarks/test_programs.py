@@ -4,12 +4,20 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from elastic_decode import EngineConfig, budgets
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def rows_in(out: Path) -> list[dict]:
+    return [json.loads(line) for path in out.glob("*.jsonl") for line in path.read_text().splitlines()]
 
 
 def run(program: str, *arguments: str, out: Path) -> tuple[list[dict], str]:
@@ -18,8 +26,7 @@ def run(program: str, *arguments: str, out: Path) -> tuple[list[dict], str]:
     command = [sys.executable, str(BENCHMARKS / program), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [json.loads(line) for path in out.glob("*.jsonl") for line in path.read_text().splitlines()]
-    return rows, done.stdout
+    return rows_in(out), done.stdout
 
 
 def test_ops(tmp_path):
@@ -44,6 +51,108 @@ def test_ops(tmp_path):
     assert {"cpu", "cpu sample", "cpu budget alone", "torch softmax"} <= backends
 
 
+def test_decode(tmp_path, monkeypatch, capsys):
+    import decode_window
+
+    monkeypatch.setenv("OUT", str(tmp_path))
+    sizes = ("--batch", "2", "--prompt", "9", "--new", "40", "--horizon", "1", "4", "--seconds", "0.01")
+    decode_window.main(["--device", "cpu", *sizes])
+    rows = rows_in(tmp_path)
+    assert [row["bench"] for row in rows] == ["ceilings", "step", *["decode"] * 4]
+    step, *windows = rows[1:]
+    assert step["us"] > step["budget_us"]
+    assert step["floor_us"] > 0
+    assert [row["variant"] for row in windows] == [
+        "horizon 1",
+        "horizon 4",
+        "not batch-invariant",
+        "no budget",
+    ]
+    for row in windows:
+        assert row["engine_tokens_per_s"] > 0
+        assert row["of_floor"] == pytest.approx(row["floor_us"] / row["step_us"], rel=0.1, abs=0.002)
+        assert row["waits"] > 0
+        assert row["graph_share"] is None  # nothing is recorded on the CPU
+    assert "copy" in capsys.readouterr().out
+
+
+def test_decode_beside_generate(tmp_path, monkeypatch):
+    import bench_decode
+
+    monkeypatch.setenv("OUT", str(tmp_path))
+    bench_decode.main(["--shapes", "tiny", "--batch", "2", "--new", "12", "--rounds", "1"])
+    (row,) = rows_in(tmp_path)
+    assert row["engine_tokens_per_s"] > 0
+    assert row["hf_tokens_per_s"] > 0
+    assert 0 < row["budget_us"] < row["step_us"]
+
+
+def test_the_window_counts_every_token_behind_its_begin():
+    """All rows end by their budgets, so the whole output is known: what is left out is before the window."""
+    import decode_window
+
+    weights = decode_window.random_weights("tiny", torch.float32, "cpu", 64)
+    config = EngineConfig(
+        dtype="float32", max_batch=3, max_model_len=64, kv_memory="1MiB", horizon=5, prefill_tokens=64
+    )
+    with decode_window.make_engine("tiny", weights, config) as engine:
+        prompts = [[300 + row] * 8 for row in range(3)]
+        window = decode_window.decode_window(engine, prompts, 30, budgets.truncate(30))
+        assert engine.stats()["sampled_tokens"] == 90
+        # the prompts' own draws and the first flight of 5 steps are before it
+        assert window.tokens == 3 * (30 - 1 - 5)
+        assert window.tokens_per_s == pytest.approx(window.tokens / window.seconds)
+
+
+def test_the_clock_around_replays():
+    import decode_window
+
+    device = SimpleNamespace(device=torch.device("cpu"), replay=lambda recorded: recorded())
+    replay = device.replay
+    with decode_window.ReplayClock(device) as clock:
+        assert clock.share() is None
+        for _ in range(3):
+            device.replay(lambda: time.sleep(0.02))
+            time.sleep(0.02)
+    assert device.replay is replay
+    assert 0.4 < clock.share() < 0.75  # 3 of 5 pieces
+
+
+@pytest.mark.parametrize("peer", ["ours", "hf_static", "hf_continuous", "vllm_offline", "sglang_offline"])
+def test_peers(peer, tmp_path, monkeypatch, capsys):
+    import bench_peers
+
+    monkeypatch.setenv("OUT", str(tmp_path))
+    sizes = ("--batch", "2", "--prompt", "6", "--new", "20")
+    assert bench_peers.main(["--device", "cpu", *sizes, "--one", peer]) == 0
+    output, rows = capsys.readouterr().out, rows_in(tmp_path)
+    if peer.endswith("_offline"):
+        assert "not here" in output
+        assert rows == []
+    else:
+        assert [(row["batch"], row["new"]) for row in rows] == [(2, 20)]
+        assert rows[0]["tokens_per_s"] > 0
+
+
+def test_a_peer_that_fails_or_hangs_costs_no_other(monkeypatch, capfd):
+    import bench_peers
+
+    codes = iter([7, subprocess.TimeoutExpired("peer", 1), 0])
+
+    def pretended(command: list[str], timeout: float) -> SimpleNamespace:
+        code = next(codes)
+        if isinstance(code, Exception):
+            raise code
+        return SimpleNamespace(returncode=code)
+
+    monkeypatch.setattr(bench_peers.subprocess, "run", pretended)
+    peers = ("ours", "hf_static", "hf_continuous")
+    assert bench_peers.main(["--device", "cpu", "--minutes", "3", "--peers", *peers]) == 1
+    output = capfd.readouterr().out
+    assert "hf_static: stopped after 180 s" in output
+    assert "failed: ours\n" in output
+
+
 def test_a_case_that_fails_is_a_row_and_costs_no_other(tmp_path, monkeypatch, capsys):
     import bench_ops
     import op_cases
@@ -62,7 +171,7 @@ def test_a_case_that_fails_is_a_row_and_costs_no_other(tmp_path, monkeypatch, ca
         ],
     )
     assert bench_ops.main(["--device", "cpu", "--only", "draw", "--seconds", "0.001"]) == 1
-    rows = [json.loads(line) for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
+    rows = rows_in(tmp_path)
     assert [row.get("error") for row in rows if "error" in row] == ["ValueError: no such size"]
     assert any(row.get("backend") == "cpu" for row in rows)
     assert "1 cases failed" in capsys.readouterr().out
