@@ -100,7 +100,7 @@ class Device(ABC):
 
     @abstractmethod
     def record(self, work: Work) -> Work:
-        """What to `replay` to do `work` again on the same tensors. `work` may be run once or more here."""
+        """What to `replay` to do `work` again on the same tensors. Within `at_work`; `work` may be run here."""
 
     def replay(self, recorded: Work) -> None:
         """Enqueue recorded work."""
@@ -205,9 +205,13 @@ class CudaDevice(Device):
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # Other threads (a trainer's data loader) may go on allocating during the capture.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"):
+        # Not `with torch.cuda.graph(...)`, which waits for the device and collects garbage each time. Other
+        # threads (a trainer's data loader) may go on allocating during the capture.
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
             work()
+        finally:
+            graph.capture_end()
         return graph.replay
 
     @contextmanager
