@@ -100,7 +100,7 @@ class Device(ABC):
 
     @abstractmethod
     def record(self, work: Work) -> Work:
-        """What to `replay` to do `work` again on the same tensors. Within `at_work`; `work` may be run here."""
+        """What to `replay` to do `work` again on the same tensors. Within `at_work`; `work` may run here."""
 
     def replay(self, recorded: Work) -> None:
         """Enqueue recorded work."""
