@@ -337,9 +337,8 @@ __global__ void __launch_bounds__(Tiling<HeadDim>::kThreads, Tiling<HeadDim>::kB
   schedule.plan(call, first_token, count);
   let_next_kernel_start();
   for (int item = blockIdx.x; item < schedule.total * parts; item += gridDim.x) {
-    __syncthreads();  // the last item's results have been read
-    schedule.find(call, item / parts, &work);
-    __syncthreads();
+    schedule.find(call, item / parts, &work);  // all have read the last one, two barriers ago
+    __syncthreads();                           // and its results
     const Work w = work;
     const int part = item % parts, kv_head = part / head_tiles, tile_head = part % head_tiles * kHeads;
     const int heads = min(kHeads, group - tile_head), first_head = kv_head * group + tile_head;

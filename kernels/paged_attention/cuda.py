@@ -36,11 +36,11 @@ def paged_attention(
     shared: SharedPrefixes | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See the package's `paged_attention`. Reads no tensor on the host; `shared` is not used. page_table should
-    be no wider than the longest row needs: the workspace for partial results grows with its width.
+    """See the package's `paged_attention`. Reads no tensor on the host; `shared` is not used. page_table
+    should be no wider than the longest row needs: the workspace for partial results grows with its width.
 
-    Raises TypeError unless q is bfloat16 or float16 and the cache of q's dtype, ValueError for a head_dim that
-    has no kernel.
+    Raises TypeError unless q is bfloat16 or float16 and the cache of q's dtype, ValueError for a head_dim
+    that has no kernel.
     """
     num_tokens, num_heads, head_dim = q.shape
     _, page_size, num_kv_heads, _ = k_cache.shape
