@@ -1,69 +1,88 @@
 """Compiles the CUDA sources for every target GPU without one: `make compile-check`.
 
-csrc/budget.h and csrc/philox.h are one source for the CPU and the GPU, so each is compiled here inside a
-small kernel that calls it; every csrc/cuda/*.cu is compiled alone, as it stands. Prints registers and spills.
-Nothing is run. Where there is no nvcc it says so and checks nothing.
+Every csrc/cuda/*.cu is compiled alone, as it stands. Prints what each kernel takes of a multiprocessor and
+fails on a spilled register, on a kernel without launch bounds and on any warning. Nothing is run. Where there
+is no nvcc it says so and checks nothing.
 """
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = ("sm_80", "sm_90", "sm_100")
+TARGETS = (80, 90, 100)
 FLAGS = ["-std=c++17", "--expt-relaxed-constexpr", "-Werror", "all-warnings", "-Icsrc", "-Icsrc/cuda"]
-
-# What a GPU kernel will call of each header: the compiler drops, unchecked, device code that nothing calls.
-CALLERS = {
-    "csrc/budget.h": """
-__global__ void budget_row(int32_t* state, const int32_t* program, const int32_t* automata, int32_t draw,
-                           int32_t* out) {
-  elastic_decode::budget::Machine machine(state, program, automata);
-  if (draw == -2) machine.enter_start(0);
-  const elastic_decode::budget::Emitted emitted = machine.step(draw);
-  out[0] = emitted.token;
-  out[1] = emitted.flags;
-}
-""",
-    "csrc/philox.h": """
-__global__ void noise_row(uint32_t* words, float* noise, int64_t seed, int32_t position, int32_t vocab_size) {
-  const int32_t id = blockIdx.x * blockDim.x + threadIdx.x;
-  if (id >= vocab_size) return;
-  words[id] = elastic_decode::philox_word(seed, 0, position, id);
-  noise[id] = elastic_decode::gumbel(words[id]);
-}
-""",
-}
+ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'")
 
 
-def compile_one(source: Path, target: str) -> tuple[bool, str]:
+class Kernel(NamedTuple):
+    name: str
+    target: int
+    registers: int
+    shared: int  # bytes, static
+    stack: int  # bytes a thread: arrays and arguments in local memory
+    spilled: int  # bytes a thread, stores and loads
+
+
+def number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    return int(match[1]) if match else 0
+
+
+def demangled(name: str) -> str:
+    """namespace::kernel<arguments>, without its parameters, where there is a tool that knows."""
+    tool = shutil.which("c++filt")
+    if tool is None:
+        return name
+    full = subprocess.run([tool, name], capture_output=True, text=True).stdout.strip()
+    plain = full.replace("(anonymous namespace)::", "").replace("elastic_decode::cuda::", "")
+    return re.sub(r"\(.*", "", plain.replace("(bool)", "").replace("(int)", "")).removeprefix("void ")
+
+
+def kernels_in(log: str) -> list[Kernel]:
+    """What ptxas -v says of each kernel."""
+    parts = ENTRY.split(log)[1:]
+    found = []
+    for name, target, text in zip(*(parts[i::3] for i in range(3)), strict=True):
+        # A kernel's own figures come first; those of functions that it calls follow.
+        stack, stores, loads = (
+            number(rf"(\d+) bytes {what}", text) for what in ("stack frame", "spill stores", "spill loads")
+        )
+        registers, shared = number(r"Used (\d+) registers", text), number(r"(\d+) bytes smem", text)
+        found.append(Kernel(demangled(name), int(target), registers, shared, stack, stores + loads))
+    return found
+
+
+def compile_one(source: Path) -> tuple[list[Kernel], list[str], float]:
+    """The kernels of a source on every target, what is wrong with them, and how many seconds it took."""
+    start = time.perf_counter()
+    targets = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in TARGETS]
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "out.cubin"
-        command = [
-            "nvcc",
-            *FLAGS,
-            f"-arch={target}",
-            "-Xptxas",
-            "-v",
-            "-cubin",
-            str(source),
-            "-o",
-            str(output),
-        ]
+        command = ["nvcc", *FLAGS, *targets, "-Xptxas", "-v", "-fatbin", str(source)]
+        command += ["-o", str(Path(folder) / "out.fatbin")]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     log = done.stdout + done.stderr
+    seconds = time.perf_counter() - start
     if done.returncode != 0:
-        return False, log.strip()
-    used = re.findall(r"Used (\d+) registers", log)
-    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", log))
-    return (
-        True,
-        f"{len(used)} kernels, at most {max(map(int, used), default=0)} registers, {spilled} bytes spilled",
-    )
+        return [], [log.strip()], seconds
+    kernels = kernels_in(log)
+    wrong = [f"{k.name} spills {k.spilled} bytes on sm_{k.target}" for k in kernels if k.spilled]
+    if "__global__" in source.read_text() and {k.target for k in kernels} != set(TARGETS):
+        wrong.append("it defines kernels, of which not all targets have one")
+    return kernels, wrong, seconds
+
+
+def without_launch_bounds(text: str) -> list[str]:
+    """Kernels whose block size the compiler is not told: it must then keep registers for 1024 threads."""
+    heads = re.findall(r"__global__\s+((?:[^;{(]|\((?:[^()]|\([^()]*\))*\))*)[;{]", text)
+    return [head.strip() for head in heads if "__launch_bounds__" not in head]
 
 
 def main() -> int:
@@ -71,23 +90,27 @@ def main() -> int:
         print("compile-check: nvcc not found, so no CUDA source was compiled")
         return 0
     failures = 0
-    with tempfile.TemporaryDirectory() as folder:
-        sources = {}
-        for header, caller in CALLERS.items():
-            path = Path(folder) / f"{Path(header).stem}_caller.cu"
-            path.write_text(f'#include "{Path(header).relative_to("csrc")}"\n{caller}')
-            sources[header] = path
-        sources |= {str(path.relative_to(ROOT)): path for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))}
-        for name, path in sources.items():
-            for target in TARGETS:
-                start = time.perf_counter()
-                ok, report = compile_one(path, target)
-                failures += not ok
-                seconds = time.perf_counter() - start
-                print(f"{name} {target}: {'ok' if ok else 'FAILED'} in {seconds:.1f} s, {report}")
-    print(
-        f"compile-check: {len(sources) * len(TARGETS) - failures} CUDA compilations passed, {failures} failed"
-    )
+    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    for path in sorted((ROOT / "csrc/cuda").glob("*.cu*")):
+        for head in without_launch_bounds(path.read_text()):
+            failures += 1
+            print(f"{path.relative_to(ROOT)}: FAILED: without __launch_bounds__: {head}")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(compile_one, sources)
+        for source, (kernels, wrong, seconds) in zip(sources, results, strict=True):
+            failures += len(wrong)
+            print(f"{source.relative_to(ROOT)}: {'FAILED' if wrong else 'ok'} in {seconds:.1f} s")
+            for name in dict.fromkeys(kernel.name for kernel in kernels):
+                used = [k for k in kernels if k.name == name]
+                registers = "/".join(str(k.registers) for k in used)
+                targets = "/".join(str(k.target) for k in used)
+                shared, stack = max(k.shared for k in used), max(k.stack for k in used)
+                print(
+                    f"  {name}: sm_{targets}: {registers} registers, {shared} bytes shared, {stack} of stack"
+                )
+            for each in wrong:
+                print(f"  {each}")
+    print(f"compile-check: {len(sources)} CUDA sources for {len(TARGETS)} targets, {failures} failures")
     return 1 if failures else 0
 
 

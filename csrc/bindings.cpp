@@ -1,5 +1,6 @@
-// The only pybind11 file. Arrays cross as integer addresses, so that no torch header (and no torch ABI) is
-// needed; the Python wrappers in kernels/<op>/cpu.py check shapes and dtypes before they call.
+// The extension and its CPU half; csrc/cuda/bindings.cpp is the other. Arrays cross as integer addresses, so
+// that no torch header (and no torch ABI) is needed; the Python wrappers in kernels/<op>/cpu.py check shapes
+// and dtypes before they call.
 #include <pybind11/pybind11.h>
 
 #include "budget.h"
@@ -247,6 +248,10 @@ static void bind_draw(py::module_& m) {
   });
 }
 
+#ifdef ELASTIC_DECODE_CUDA
+void bind_cuda(py::module_& m);  // csrc/cuda/bindings.cpp
+#endif
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "elastic_decode's compiled kernels";
   py::module_ cpu = m.def_submodule("cpu", "C++ kernels for the CPU");
@@ -259,4 +264,8 @@ PYBIND11_MODULE(_C, m) {
   bind_sample(cpu);
   bind_budget(cpu);
   bind_draw(cpu);
+#ifdef ELASTIC_DECODE_CUDA
+  py::module_ cuda = m.def_submodule("cuda");
+  bind_cuda(cuda);
+#endif
 }

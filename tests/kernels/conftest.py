@@ -84,10 +84,22 @@ def cuda_module(build_cuda_on_cpu: Build) -> ModuleType:
 
 @pytest.fixture
 def cuda_on_cpu(cuda_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """`cuda_module` as `elastic_decode.kernels._C.cuda` during a test; the schedule is in order."""
-    from elastic_decode.kernels import _C
+    """`cuda_module` as `elastic_decode.kernels._C.cuda` during a test; the schedule is in order.
+
+    Backend "cuda" then works on CPU tensors, for every op that has it.
+    """
+    from elastic_decode.kernels import _C, registry
+
+    real = registry.why_unavailable
+
+    def why_unavailable(op: str, backend: str) -> str | None:
+        there = importlib.util.find_spec(f"elastic_decode.kernels.{op}.{backend}") is not None
+        return None if backend == "cuda" and there else real(op, backend)
 
     monkeypatch.setattr(_C, "cuda", cuda_module, raising=False)
+    monkeypatch.setattr(registry, "why_unavailable", why_unavailable)
+    registry._implementation.cache_clear()
     cuda_module.set_schedule(0)
     yield cuda_module
     cuda_module.set_schedule(0)
+    registry._implementation.cache_clear()
