@@ -42,6 +42,18 @@ def num_processors(device: torch.device) -> int:
     return _num_processors(torch.cuda.current_device() if device.index is None else device.index)
 
 
+# Whether linear and the small ops in Triton are launched while the kernel before them still runs, and wait
+# there for its results (programmatic dependent launch, sm_90 on). Off until a GPU has shown it right and quicker.
+DEPENDENT_LAUNCH = False
+
+
+def dependent_launch(device: torch.device) -> dict[str, bool]:
+    """What such a kernel's launch takes: its constant PDL, and Triton's option where that is true."""
+    if DEPENDENT_LAUNCH and device.type == "cuda" and architecture(device) >= 90:
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
 def why_no_triton() -> str | None:
     """None where Triton kernels can run in this process, otherwise the reason."""
     import triton

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..gpu import architecture
+from ..gpu import architecture, dependent_launch
 from ..gpu import why_no_triton as why_unavailable
 
 __all__ = ["compile_cases", "linear", "plan", "why_unavailable"]
@@ -88,6 +88,7 @@ TILES: dict[int, Tiles] = {
 SPLIT_ROWS = 64  # the tiles that `splits` counts; of them and SPLIT_DEPTH all bits depend
 SPLIT_DEPTH = 128  # splits begin at multiples; a multiple of every tile's depth
 MAX_SPLITS = 16
+PREFETCH = 512  # 16 to 18 MB of a weight in all: what memory brings in 5 us
 SPREAD_TOKENS = 512  # from more tokens on, reading and writing partial sums costs more than it gains
 
 
@@ -154,6 +155,20 @@ def _sum_split(
 
 
 @triton.jit
+def _prefetch(at, length):
+    """Has `length` elements behind each pointer brought to the L2 cache; both in units of 16 bytes."""
+    size: tl.constexpr = at.dtype.element_ty.primitive_bitwidth // 8
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
+        "=r,l,r",
+        [at.to(tl.int64), tl.zeros_like(at.to(tl.int64)).to(tl.int32) + length * size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def _finish(out, bias, total, at, rows, row_live, live, BIAS: tl.constexpr):
     if BIAS:
         total += tl.load(bias + rows, mask=row_live, other=0.0).to(tl.float32)[:, None]
@@ -181,6 +196,8 @@ def _linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+    PREFETCH: tl.constexpr,  # so much of each row's split while the kernel before runs, where PDL; 0: nothing
 ):
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -198,9 +215,16 @@ def _linear_kernel(
     end = num_inputs
     if SPLITS > 1:
         end = tl.minimum(first + split_length, num_inputs)
+    if PDL:
+        if PREFETCH > 0:
+            row = tl.minimum(rows, num_outputs - 1).to(tl.int64)
+            _prefetch(weight + row * weight_stride + first, tl.minimum(end - first, PREFETCH))
+        tl.extra.cuda.gdc_wait()
     total = _sum_split(
         x_at, weight_at, token_live, row_live, first, end, EVEN, PRODUCT, BLOCK_N, BLOCK_T, BLOCK_K
     )
+    if PDL:  # not sooner: what the next kernel prefetches would leave the cache before it is read
+        tl.extra.cuda.gdc_launch_dependents()
     if SPREAD:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         size: tl.constexpr = BLOCK_N * BLOCK_T
@@ -284,9 +308,17 @@ def linear(
         weight.stride(0),
         length,
         **_constants(tile, count, spread, inputs, bias is not None, x.dtype),
+        PREFETCH=PREFETCH if _is_aligned(weight, inputs) else 0,
         **_options(tile, spread),
+        **dependent_launch(x.device),
     )
     return out
+
+
+def _is_aligned(weight: torch.Tensor, inputs: int) -> bool:
+    """Whether every row, and what there is of it to read, is whole units of 16 bytes."""
+    bits = weight.data_ptr() | weight.stride(0) * weight.element_size() | inputs * weight.element_size()
+    return bits % 16 == 0
 
 
 def _constants(
@@ -334,8 +366,11 @@ def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
             "num_tokens": "i32",
             **dict.fromkeys(("num_outputs", "num_inputs", "weight_stride", "split_length"), "i32:16"),
         }
-        for arch in TILES:
+        for arch, dependent in (*((arch, False) for arch in TILES), (90, True)):
             tile, count, _, spread = plan(tokens, outputs, inputs, dtype, arch)
             constants = _constants(tile, count, spread, inputs, biased, dtype)
-            name = f"{label} {names[dtype]} T={tokens} on sm_{arch}"
-            yield name, _linear_kernel, signature, constants, _options(tile, spread)
+            constants |= {"PDL": dependent, "PREFETCH": PREFETCH}
+            options = {**_options(tile, spread), "launch_pdl": dependent}
+            name = f"{label} {names[dtype]} T={tokens}{' dependent' if dependent else ''} on sm_{arch}"
+            if not dependent or tokens == 1:
+                yield name, _linear_kernel, signature, constants, options

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..gpu import dependent_launch
 from ..gpu import why_no_triton as why_unavailable
 
 __all__ = ["compile_cases", "rms_norm", "why_unavailable"]
@@ -31,13 +32,17 @@ def _rms_norm_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     dtype = out.dtype.element_ty
     at = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK)
     live = columns < WIDTH
-    value = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
     scale = tl.load(weight + columns, mask=live, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    value = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
     if ADD:
         total = value + tl.load(residual + at, mask=live, other=0.0).to(tl.float32)
         total = total.to(dtype)
@@ -69,21 +74,32 @@ def rms_norm(
         block, launch = options(width, x.element_size())
         added = residual is not None
         _rms_norm_kernel[(rows,)](
-            out, residual if added else x, x, weight, eps, WIDTH=width, BLOCK=block, ADD=added, **launch
+            out,
+            residual if added else x,
+            x,
+            weight,
+            eps,
+            WIDTH=width,
+            BLOCK=block,
+            ADD=added,
+            **launch,
+            **dependent_launch(x.device),
         )
     return out
 
 
 def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """See benchmarks/compile_triton.py. Hidden sizes of models in use."""
-    for width, name, size in (
-        (896, "bf16", 2),
-        (1536, "bf16", 2),
-        (3584, "fp16", 2),
-        (8192, "bf16", 2),
-        (1536, "fp32", 4),
+    for label, width, name, size in (
+        ("", 896, "bf16", 2),
+        ("", 1536, "bf16", 2),
+        ("", 3584, "fp16", 2),
+        ("", 8192, "bf16", 2),
+        ("", 1536, "fp32", 4),
+        (" dependent on sm_90", 1536, "bf16", 2),
     ):
         block, launch = options(width, size)
         signature = {**dict.fromkeys(("out", "residual", "x", "weight"), f"*{name}"), "eps": "fp32"}
-        constexprs = {"WIDTH": width, "BLOCK": block, "ADD": True}
-        yield f"{name} {width}", _rms_norm_kernel, signature, constexprs, launch
+        constexprs = {"WIDTH": width, "BLOCK": block, "ADD": True, "PDL": bool(label)}
+        launch["launch_pdl"] = bool(label)
+        yield f"{name} {width}{label}", _rms_norm_kernel, signature, constexprs, launch

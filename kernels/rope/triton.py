@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..gpu import dependent_launch
 from ..gpu import why_no_triton as why_unavailable
 
 __all__ = ["compile_cases", "rope", "why_unavailable"]
@@ -77,6 +78,7 @@ def _rope_kernel(
     HEADS_BLOCK: tl.constexpr,
     NORM_Q: tl.constexpr,
     NORM_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     HALF: tl.constexpr = HEAD_DIM // 2
     Q_BLOCKS: tl.constexpr = (HEADS + HEADS_BLOCK - 1) // HEADS_BLOCK
@@ -84,6 +86,9 @@ def _rope_kernel(
     block = tl.program_id(1)
     d_ids = tl.arange(0, HALF_PAD)
     d_live = d_ids < HALF
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     angles = cos_sin + tl.load(positions + token).to(tl.int64) * HEAD_DIM + d_ids
     cos = tl.load(angles, mask=d_live, other=0.0)[None, :]
     sin = tl.load(angles + HALF, mask=d_live, other=0.0)[None, :]
@@ -170,6 +175,7 @@ def rope(
         NORM_Q=q_weight is not None,
         NORM_K=k_weight is not None,
         **launch,
+        **dependent_launch(qkv.device),
     )
     return out
 
@@ -201,6 +207,7 @@ def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
             "HEADS_BLOCK": HEADS_BLOCK,
             "NORM_Q": normed,
             "NORM_K": normed,
+            "PDL": False,
         }
         label = f"{name}-{'fp8' if cache == 'u8' else cache} {heads}/{kv_heads}x{head_dim}"
         yield f"{label} norm" if normed else label, _rope_kernel, signature, constexprs, launch

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..gpu import dependent_launch
 from ..gpu import why_no_triton as why_unavailable
 
 __all__ = ["compile_cases", "silu_mul", "why_unavailable"]
@@ -46,7 +47,10 @@ def _exp(x):
 
 
 @triton.jit
-def _silu_mul_kernel(out, gate_up, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul_kernel(out, gate_up, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = columns < WIDTH
@@ -71,7 +75,9 @@ def silu_mul(gate_up: torch.Tensor, *, out: torch.Tensor | None = None) -> torch
         out = gate_up.new_empty((rows, width))
     if rows and width:
         block, launch = options(gate_up.element_size())
-        _silu_mul_kernel[(rows, triton.cdiv(width, block))](out, gate_up, WIDTH=width, BLOCK=block, **launch)
+        _silu_mul_kernel[(rows, triton.cdiv(width, block))](
+            out, gate_up, WIDTH=width, BLOCK=block, **launch, **dependent_launch(gate_up.device)
+        )
     return out
 
 
@@ -79,7 +85,7 @@ def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
     """See benchmarks/compile_triton.py. Intermediate sizes of models in use."""
     for width, name, size in ((4864, "bf16", 2), (8960, "bf16", 2), (18944, "fp16", 2), (8960, "fp32", 4)):
         block, launch = options(size)
-        constexprs = {"WIDTH": width, "BLOCK": block}
+        constexprs = {"WIDTH": width, "BLOCK": block, "PDL": False}
         yield (
             f"{name} {width}",
             _silu_mul_kernel,
