@@ -43,7 +43,8 @@ def num_processors(device: torch.device) -> int:
 
 
 # Whether linear and the small ops in Triton are launched while the kernel before them still runs, and wait
-# there for its results (programmatic dependent launch, sm_90 on). Off until a GPU has shown it right and quicker.
+# there for its results (programmatic dependent launch, sm_90 on). Off until a GPU has shown it right and
+# quicker.
 DEPENDENT_LAUNCH = False
 
 
