@@ -48,31 +48,46 @@ class Delivery:
 
     def accept(self, flight: Flight, landed: Landed) -> list[Sequence]:
         finished = []
-        for column, sequence in enumerate(flight.sequences):
-            for step in range(flight.steps):
-                if sequence.stage is Stage.DONE or sequence.finish_reason is not None:
-                    break  # what the device decoded past a host-side stop is discarded
-                flags = landed.flags[step][column]
-                if not flags & _VALID:
-                    finish = (flags >> _FINISH_SHIFT) & 15
-                    if finish == Finish.INVALID:
-                        self._fail(sequence)
-                        finished += sequence.group.sequences
-                    elif finish in _REASONS:  # ended without a token: an expiry that forces nothing
-                        sequence.think_end = _THINK_ENDS[(flags >> _THINK_END_SHIFT) & 3]
-                        self.finish(sequence, _REASONS[finish])
-                        finished.append(sequence)
-                    break
-                self._take(
-                    sequence,
-                    landed.tokens[step][column],
-                    flags,
-                    landed.logprobs[step][column],
-                    landed.sampling_logprobs[step][column],
-                )
-                if sequence.finish_reason is not None:
-                    finished.append(sequence)
+        for row, sequence in enumerate(flight.sequences):
+            if sequence.stage is Stage.DONE or sequence.finish_reason is not None:
+                continue  # what the device decoded past a host-side stop is discarded
+            flags = landed.flags[row]
+            count = next((step for step, word in enumerate(flags) if not word & _VALID), flight.steps)
+            output = (
+                landed.tokens[row][:count],
+                flags[:count],
+                landed.logprobs[row][:count],
+                landed.sampling_logprobs[row][:count],
+            )
+            if (
+                sequence.text is None
+                and not sequence.group.streams
+                and not sequence.group.sampling.stop_token_ids
+            ):
+                if count:
+                    self._take_all(sequence, *output)
+            else:
+                for entry in zip(*output, strict=True):
+                    self._take(sequence, *entry)
+                    if sequence.finish_reason is not None:
+                        break
+            if sequence.finish_reason is not None:
+                finished.append(sequence)
+            elif count < flight.steps:
+                finished += self._ended_without_a_token(sequence, flags[count])
         return finished
+
+    def _ended_without_a_token(self, sequence: Sequence, flags: int) -> list[Sequence]:
+        """The sequences that the first entry without a token ends."""
+        finish = (flags >> _FINISH_SHIFT) & 15
+        if finish == Finish.INVALID:
+            self._fail(sequence)
+            return sequence.group.sequences
+        if finish in _REASONS:  # an expiry that forces nothing
+            sequence.think_end = _THINK_ENDS[(flags >> _THINK_END_SHIFT) & 3]
+            self.finish(sequence, _REASONS[finish])
+            return [sequence]
+        return []
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sample from the host's side: abort, or a budget that leaves nothing to decode."""
@@ -86,6 +101,34 @@ class Delivery:
     def finish_like_root(self, branch: Sequence) -> None:
         """The root's thought ended before this branch's budget: its completion is the root's."""
         self._close(branch)
+
+    def _take_all(
+        self,
+        sequence: Sequence,
+        tokens: list[int],
+        flags: list[int],
+        logprobs: list[float],
+        sampling_logprobs: list[float],
+    ) -> None:
+        """`_take` of several tokens at once: only the machine can end the sequence, and nobody looks on."""
+        forced = [bool(word & _FORCED) for word in flags]
+        phases = [Phase.SOLVE if word & _SOLVE else Phase.THINK for word in flags]
+        sequence.token_ids += tokens
+        sequence.logprobs += logprobs
+        sequence.sampling_logprobs += sampling_logprobs
+        sequence.forced += forced
+        sequence.phases += phases
+        solved = sum(word & (_FORCED | _SOLVE) == _SOLVE for word in flags)
+        sampled = len(flags) - sum(forced)
+        sequence.solve_tokens += solved
+        sequence.think_tokens += sampled - solved
+        self.sampled_tokens += sampled
+        self.forced_tokens += len(flags) - sampled
+        last = flags[-1]
+        sequence.think_end = _THINK_ENDS[(last >> _THINK_END_SHIFT) & 3]
+        sequence.finish_reason = _REASONS.get((last >> _FINISH_SHIFT) & 15)
+        if sequence.finish_reason is not None:
+            self._close(sequence)
 
     def _take(
         self, sequence: Sequence, token: int, flags: int, logprob: float, sampling_logprob: float

@@ -28,7 +28,7 @@ class Flight:
 
 @dataclass(frozen=True, slots=True)
 class Landed:
-    """A flight's output, lists of [steps][rows]."""
+    """A flight's output, lists of [rows][steps]."""
 
     tokens: list[list[int]]
     flags: list[list[int]]
@@ -61,7 +61,7 @@ def collect(flight: Flight, *, queued_behind: bool) -> Landed:
     width = len(flight.sequences)
 
     def convert(arrays: list[np.ndarray]) -> Landed:
-        return Landed(*(array[:, :width].tolist() for array in arrays))
+        return Landed(*(array[:, :width].T.tolist() for array in arrays))
 
     landed: Landed = flight.download.read(convert, queued_behind=queued_behind)
     return landed
