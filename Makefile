@@ -105,8 +105,8 @@ SANITIZE = $(GPU_PYTHON) tests/gpu/run.py --backend cuda --part --minutes 3.5 $(
 	--error-exitcode 99 --print-limit 5
 gpu-sanitize: gpu-build
 	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is missing: it comes with CUDA" >&2; exit 1; }
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool memcheck"
-	$(SANITIZE) --tool racecheck"
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool memcheck" --name memcheck
+	$(SANITIZE) --tool racecheck" --name racecheck
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

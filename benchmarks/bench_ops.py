@@ -21,7 +21,7 @@ import harness
 import op_cases
 import shapes
 import torch
-from timing import Timing, ceilings, measure_in_turn, summary
+from timing import Replayable, Timing, ceilings, samples_in_turn, summary
 
 from elastic_decode.kernels import registry
 
@@ -50,8 +50,16 @@ def rows_of(
     case: op_cases.Case, rates: floors.Rates, device: torch.device, seconds: float
 ) -> list[dict[str, Any]]:
     """A row a contestant, and for `draw` one a backend that says what the budget machine adds."""
-    contestants = case.make()
-    timed = measure_in_turn(list(contestants.values()), device, seconds=seconds)
+    ready: dict[str, Replayable] = {}
+    rows: list[dict[str, Any]] = []
+    for name, calls in case.make().items():
+        try:
+            ready[name] = Replayable(calls, device)
+        except Exception as error:  # one contestant, whatever it raises, must not cost the others
+            rows.append({"bench": "ops", "op": case.op, **case.size, "backend": name, "error": words(error)})
+    if not ready:
+        return rows
+    samples = dict(zip(ready, samples_in_turn(list(ready.values()), seconds=seconds), strict=True))
     floor = floors.floor_us(case.work, rates)
 
     def row(name: str, timing: Timing, **more: Any) -> dict[str, Any]:
@@ -71,14 +79,29 @@ def rows_of(
             **more,
         }
 
-    rows = [row(name, timing) for name, (timing, _) in zip(contestants, timed, strict=True)]
-    samples = {name: each for name, (_, each) in zip(contestants, timed, strict=True)}
-    for name in contestants if case.op == "draw" else ():
+    rows += [row(name, summary(each)) for name, each in samples.items()]
+    for name in samples if case.op == "draw" else ():
         alone = samples.get(f"{name} sample")
         if alone is not None:
             added = summary([a - b for a, b in zip(samples[name], alone, strict=True)])
             rows.append({**row(f"{name} budget alone", added), "of_floor": None, "predicted_us": None})
     return rows
+
+
+def words(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+
+
+def table_line(row: dict[str, Any], size: str) -> str:
+    if "error" in row:
+        return f"{row['op']:16} {row.get('backend', ''):20} FAILED: {row['error']}  {size}"
+    spread = f"{row['us_low']:.1f}-{row['us_high']:.1f}"
+    share = "" if row["of_floor"] is None else f"{row['of_floor']:.0%}"
+    predicted = "" if row["predicted_us"] is None else f"{row['predicted_us']:.1f}"
+    return (
+        f"{row['op']:16} {row['backend']:20} {row['us']:9.2f} {spread:>15} {row['floor_us']:8.2f} "
+        f"{share:>6} {predicted:>9}  {size}"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,25 +148,16 @@ def main(argv: list[str] | None = None) -> int:
             continue
         try:
             rows = rows_of(case, rates, device, arguments.seconds)
-        except Exception as error:  # one case, whatever it raises, must not cost the others
-            failed += 1
-            words = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
-            print(f"{case.op:16} FAILED: {words}  {size}", flush=True)
-            emit({"bench": "ops", "op": case.op, **case.size, "error": words})
-            continue
+        except Exception as error:  # nor must one case: it may not even fit into memory
+            rows = [{"bench": "ops", "op": case.op, **case.size, "error": words(error)}]
         for row in rows:
             emit(row)
-            spread = f"{row['us_low']:.1f}-{row['us_high']:.1f}"
-            share = "" if row["of_floor"] is None else f"{row['of_floor']:.0%}"
-            predicted = "" if row["predicted_us"] is None else f"{row['predicted_us']:.1f}"
-            print(
-                f"{case.op:16} {row['backend']:20} {row['us']:9.2f} {spread:>15} {row['floor_us']:8.2f} "
-                f"{share:>6} {predicted:>9}  {size}",
-                flush=True,
-            )
+            failed += "error" in row
+            print(table_line(row, size), flush=True)
         if device.type == "cuda":
+            torch.cuda.synchronize()  # raises where a kernel has ended the CUDA context: no more to be had
             torch.cuda.empty_cache()
-    print(f"{time.monotonic() - began:.0f} s, {failed} cases failed")
+    print(f"{time.monotonic() - began:.0f} s, {failed} failures")
     return 1 if failed else 0
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import floors
 import op_cases
 import torch
-from timing import Timing, measure_in_turn, summary
+from timing import Replayable, Timing, samples_in_turn, summary
 
 from elastic_decode.kernels import registry
 from elastic_decode.kernels.draw import make_ring
@@ -71,10 +71,10 @@ def measure_step(
         forward()
         sample(logits, slots, batch.seq_lens, table)
 
-    timed = measure_in_turn([[with_draw], [with_sample]], device, seconds=seconds)
-    (drawn, drawn_samples), (sampled, sampled_samples) = timed
-    added = summary([a - b for a, b in zip(drawn_samples, sampled_samples, strict=True)])
-    return drawn, sampled, added
+    captured = [Replayable([work], device) for work in (with_draw, with_sample)]
+    drawn, sampled = samples_in_turn(captured, seconds=seconds)
+    added = [a - b for a, b in zip(drawn, sampled, strict=True)]
+    return summary(drawn), summary(sampled), summary(added)
 
 
 def step_row(

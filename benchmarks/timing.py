@@ -83,22 +83,17 @@ class Replayable:
 
 def measure(calls: Sequence[Call], device: torch.device, *, seconds: float = 0.1) -> Timing:
     """The time of one of `calls`, over replays that together take about `seconds`."""
-    return measure_in_turn([calls], device, seconds=seconds)[0][0]
+    return summary(samples_in_turn([Replayable(calls, device)], seconds=seconds)[0])
 
 
-def measure_in_turn(
-    contestants: Sequence[Sequence[Call]], device: torch.device, *, seconds: float = 0.1
-) -> list[tuple[Timing, list[float]]]:
-    """Several contestants, a replay of each in turn, so that a change of clock meets all: (timing, samples)
-    each.
-    """
-    ready = [Replayable(calls, device) for calls in contestants]
-    samples: list[list[float]] = [[one.us()] for one in ready]
-    until = time.perf_counter() + seconds * len(ready)
+def samples_in_turn(contestants: Sequence[Replayable], *, seconds: float = 0.1) -> list[list[float]]:
+    """Times of each contestant, a replay of each in turn, so that a change of clock meets all alike."""
+    samples: list[list[float]] = [[one.us()] for one in contestants]
+    until = time.perf_counter() + seconds * len(contestants)
     while len(samples[0]) < 5 or (time.perf_counter() < until and len(samples[0]) < 1000):
-        for one, into in zip(ready, samples, strict=True):
+        for one, into in zip(contestants, samples, strict=True):
             into.append(one.us())
-    return [(summary(each), each) for each in samples]
+    return samples
 
 
 def copies_for(nbytes: float, device: torch.device) -> int:

@@ -42,7 +42,7 @@ def run(tmp_path: Path, *options: str, tests: str = TESTS) -> tuple[int, str, li
     command = [sys.executable, str(RUN), "--processes", "2", *options, "--", str(folder)]
     environment = {**os.environ, "OUT": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
-    lines = [json.loads(line) for path in tmp_path.glob("*-tests.jsonl") for line in path.open()]
+    lines = [json.loads(line) for path in tmp_path.glob("tests.jsonl") for line in path.open()]
     return done.returncode, done.stdout + done.stderr, lines
 
 
@@ -71,10 +71,21 @@ def test_out_of_time_is_said_and_is_a_failure(tmp_path):
     assert "test_b" in output
 
 
-def test_a_worker_that_cannot_start_is_a_problem_with_its_words(tmp_path):
+def test_a_file_that_does_not_import_costs_no_other(tmp_path):
+    (tmp_path / "suite").mkdir()
+    (tmp_path / "suite" / "test_other.py").write_text("def test_a(): pass")
     code, output, _ = run(tmp_path, "--processes", "1", tests="import no_such_module")
     assert code == 1
-    assert "no_such_module" in output
+    assert "No module named 'no_such_module'" in output
+    assert "== 1 failed, 1 passed, 0 skipped of 1 in" in output, output
+
+
+def test_a_process_that_cannot_start_is_a_problem_with_its_words(tmp_path):
+    (tmp_path / "suite").mkdir()
+    (tmp_path / "suite" / "conftest.py").write_text("raise RuntimeError('no tests today')")
+    code, output, _ = run(tmp_path, "--processes", "1")
+    assert code == 1
+    assert "no tests today" in output
 
 
 def test_required_backends_that_are_not_there_are_named():

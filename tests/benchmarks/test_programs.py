@@ -32,7 +32,7 @@ def run(program: str, *arguments: str, out: Path) -> tuple[list[dict], str]:
 def test_ops(tmp_path):
     arguments = ("--device", "cpu", "--seconds", "0.002", "--batch", "2")
     rows, output = run("bench_ops.py", *arguments, out=tmp_path)
-    assert "0 cases failed" in output
+    assert "0 failures" in output
     ceilings, *measured = rows
     assert ceilings["copy_bytes_per_s"] > 1e8
     assert {row["op"] for row in measured} == {
@@ -160,6 +160,12 @@ def test_a_case_that_fails_is_a_row_and_costs_no_other(tmp_path, monkeypatch, ca
     def broken() -> op_cases.Contestants:
         raise ValueError("no such size")
 
+    def raises() -> None:
+        raise TypeError("no such dtype")
+
+    def half_broken() -> op_cases.Contestants:
+        return {"theirs": [raises], "ours": [lambda: None]}
+
     made = op_cases.draws
     monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setattr(
@@ -167,14 +173,17 @@ def test_a_case_that_fails_is_a_row_and_costs_no_other(tmp_path, monkeypatch, ca
         "draws",
         lambda *arguments: [
             op_cases.Case("draw", {"batch": 0}, op_cases.floors.draw(1, 1), broken),
+            op_cases.Case("draw", {"batch": 1}, op_cases.floors.draw(1, 1), half_broken),
             *list(made([1], 64, torch.device("cpu"), ["greedy"])),
         ],
     )
     assert bench_ops.main(["--device", "cpu", "--only", "draw", "--seconds", "0.001"]) == 1
     rows = rows_in(tmp_path)
-    assert [row.get("error") for row in rows if "error" in row] == ["ValueError: no such size"]
+    errors = [(row.get("backend"), row["error"]) for row in rows if "error" in row]
+    assert errors == [(None, "ValueError: no such size"), ("theirs", "TypeError: no such dtype")]
+    assert any(row.get("backend") == "ours" for row in rows)
     assert any(row.get("backend") == "cpu" for row in rows)
-    assert "1 cases failed" in capsys.readouterr().out
+    assert "2 failures" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

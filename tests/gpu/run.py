@@ -42,6 +42,7 @@ class Worker:
         self._record, self._backend = record, backend
         self._done = {line["test"] for line in read(record) if "test" in line}
         self._seconds = 0.0
+        self._broken = False
 
     def _write(self, **line: Any) -> None:
         with self._record.open("a", encoding="utf-8") as file:
@@ -54,6 +55,11 @@ class Worker:
         share = {item.nodeid for item in by_hash[self._index :: self._count]}
         self._write(share=len(share))
         items[:] = [item for item in wanted if item.nodeid in share and item.nodeid not in self._done]
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:  # a file that does not import: its tests are unknown, the other files' run
+            self._broken = True
+            self._write(outcome="failed", of=report.nodeid, text=report.longreprtext[-4000:])
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._seconds = 0.0
@@ -77,7 +83,8 @@ class Worker:
                 pytest.exit(text, returncode=CONTEXT_LOST)
 
     def pytest_sessionfinish(self, exitstatus: int) -> None:
-        if exitstatus in (0, 1, 5):  # all that was asked for has run: passed, some failed, nothing was left
+        # All that was asked for has run: passed, some failed, nothing was left.
+        if exitstatus in (0, 1, 5) or (self._broken and exitstatus == 2):
             self._write(end=int(exitstatus))
 
 
@@ -143,7 +150,12 @@ class Share:
             return
         if any("end" in line for line in read(self.record)):
             self.over = True
-            if code not in (0, 1, 5):  # a tool that ran the tests, compute-sanitizer for one, found something
+            if code not in (
+                0,
+                1,
+                2,
+                5,
+            ):  # a tool that ran the tests, compute-sanitizer for one, found something
                 self.problems.append(f"exit status {code}; the end of {self.log}:\n{tail(self.log, 40)}")
             return
         if test is not None:
@@ -221,7 +233,7 @@ def report(shares: list[Share], seconds: float, in_time: bool, slowest: int) -> 
     if not in_time:
         still = [test[0] for share in shares if (test := share.running()) is not None]
         say(f"\nOUT OF TIME, with {tally.total - len(tally.seconds)} tests not run; under way: {still}")
-    passed = len(tally.seconds) - len(tally.failed) - len(tally.skipped)
+    passed = len(tally.seconds.keys() - tally.failed.keys() - tally.skipped.keys())
     say(
         f"\n== {len(tally.failed)} failed, {passed} passed, {len(tally.skipped)} skipped "
         f"of {tally.total} in {seconds:.0f}s =="
@@ -232,10 +244,11 @@ def report(shares: list[Share], seconds: float, in_time: bool, slowest: int) -> 
 def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--processes", type=int, default=max(1, min(14, (os.cpu_count() or 4) - 2)))
-    parser.add_argument("--minutes", type=float, default=6.0, help="stop then, with what is known (6)")
+    parser.add_argument("--minutes", type=float, default=5.5, help="stop then, with what is known (5.5)")
     parser.add_argument("--backend", default="", help="only tests with this backend among their parameters")
     parser.add_argument("--under", default="", help="a command to run the processes under")
     parser.add_argument("--part", action="store_true", help="running out of time is no failure")
+    parser.add_argument("--name", default="tests", help="of the files with what happened, in $OUT if set")
     parser.add_argument("--slowest", type=int, default=12)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
@@ -245,7 +258,7 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
 
 def work(arguments: argparse.Namespace) -> int:
     worker = Worker(arguments.worker, arguments.record, arguments.backend)
-    options = ["-q", "--no-header", "--tb=short", "-p", "no:cacheprovider"]
+    options = ["-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     return int(pytest.main([*options, *arguments.pytest], plugins=[worker]))
 
 
@@ -285,9 +298,13 @@ def main(argv: list[str] | None = None) -> int:
         for share in shares:
             share.stop()
     tally = report(shares, time.monotonic() - began, in_time, arguments.slowest)
-    with (folder / f"{arguments.backend or 'all'}-tests.jsonl").open("w", encoding="utf-8") as file:
+    with (folder / f"{arguments.name}.jsonl").open("w", encoding="utf-8") as file:
         for share in shares:
             file.writelines(json.dumps(line) + "\n" for line in read(share.record))
+    with (folder / f"{arguments.name}.log").open("w", encoding="utf-8") as file:
+        for share in shares:
+            file.write(f"#### {share.log.name}\n{tail(share.log, 2000)}\n")
+    say(f"records and logs: {folder}/{arguments.name}.jsonl, .log")
     bad = tally.failed or any(share.problems for share in shares) or not tally.seconds
     return 1 if bad or not (in_time or arguments.part) else 0
 
