@@ -47,20 +47,33 @@ def log(x):
 @triton.jit
 def gumbel(word):
     """See gumbel() in csrc/philox.h."""
-    u = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    small = word < 4194304
+    u = (tl.where(small, word, word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
     series = u * tl.fma(u, tl.fma(u, 0.3333333432674408, 0.5), 1.0)
-    rest = ((word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    return -log(tl.where(word < 4194304, series, -log(rest)))
+    return -log(tl.where(small, series, -log(u)))
 
 
 @triton.jit
 def words(start, seed, sample_index, position, TILE: tl.constexpr):
     """The random words of ids start .. start + TILE; start is a multiple of 4."""
     group = (start // 4 + tl.arange(0, TILE // 4)).to(tl.uint32)
-    zero = tl.zeros([TILE // 4], tl.uint32)
+    w0, w1, w2, w3 = _words_of_groups(group, seed, sample_index, position)
+    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+
+
+@triton.jit
+def words_of(ids, seed, sample_index, position):
+    """The random words of any ids, a block of them: four times the work of `words`."""
+    w0, w1, w2, w3 = _words_of_groups((ids // 4).to(tl.uint32), seed, sample_index, position)
+    place = ids % 4
+    return tl.where(place < 2, tl.where(place == 0, w0, w1), tl.where(place == 2, w2, w3))
+
+
+@triton.jit
+def _words_of_groups(group, seed, sample_index, position):
+    zero = group ^ group
     c1 = zero + position.to(tl.uint32)
     c2 = zero + (seed >> 32).to(tl.uint32)
     k0 = zero + seed.to(tl.uint32)
     k1 = zero + sample_index.to(tl.uint32)
-    w0, w1, w2, w3 = philox(group, c1, c2, zero, k0, k1)
-    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    return philox(group, c1, c2, zero, k0, k1)

@@ -487,11 +487,14 @@ def test_random_situations(isa, situation):
 @pytest.mark.parametrize("capacity", [16, 16384])
 def test_many_tiles_in_triton(monkeypatch, capacity):
     """Small tiles, so that small vocabularies have many; candidates that fit their list and that do not."""
-    module = importlib.import_module("elastic_decode.kernels.sample.triton")
-    monkeypatch.setattr(module, "TILE", 128)
-    monkeypatch.setattr(module, "GROUPS", 8)
-    monkeypatch.setattr(module, "BLOCK", 256)
-    monkeypatch.setattr(module, "CAPACITY", capacity)
+    scan, finish = (
+        importlib.import_module(f"elastic_decode.kernels.sample.triton_{part}") for part in ("scan", "finish")
+    )
+    monkeypatch.setattr(scan, "TILE", 128)
+    monkeypatch.setattr(scan, "GROUP", 8)
+    monkeypatch.setattr(finish, "HOT", 4)
+    monkeypatch.setattr(finish, "BLOCK", 64)
+    monkeypatch.setattr(finish, "CAPACITY", capacity)
 
     @settings(max_examples=12, deadline=None, derandomize=True, database=None)
     @given(situations(most_vocab=700))
