@@ -31,7 +31,7 @@ from .layout import MAX_PHASES, PROGRAM_WORDS, STATE_WORDS
 def _find(name: str, backend: str, device: torch.device) -> Callable[..., None]:
     if backend == "auto":
         backend = registry.default_backend(device.type)
-    elif backend in ("reference", "cpu") and device.type != "cpu":
+    elif backend == "cpu" and device.type != "cpu":
         raise ValueError(f"backend {backend!r} needs CPU tensors, got tensors on {device}")
     return registry.implementation("budget", backend, name)
 

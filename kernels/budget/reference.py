@@ -1,6 +1,7 @@
 """The budget machine in plain Python: the definition that every other backend is compared with.
 
-Tensors are CPU tensors; a row's state is read into a list of ints, stepped and written back.
+A row's state is read into a list of ints, stepped and written back; tensors of a GPU are copied to the host
+and back.
 """
 
 from collections.abc import Sequence
@@ -232,10 +233,13 @@ def budget_step(
     ring_index: torch.Tensor,
 ) -> None:
     at = int(ring_index[0]) % ring_tokens.shape[0]
-    tokens, flags, logprobs = ring_tokens.numpy()[at], ring_flags.numpy()[at], ring_logprobs.numpy()[at]
-    sampling_logprobs = ring_sampling_logprobs.numpy()[at]
-    all_states, all_programs, pool = state.numpy(), programs.numpy(), automata.numpy().data
-    scores, norms, scale = logits.numpy(), lse.numpy(), temperature.numpy()
+    changed = (state, ring_tokens, ring_flags, ring_logprobs, ring_sampling_logprobs)
+    on_host = [each.cpu() for each in changed]
+    all_states = on_host[0].numpy()
+    tokens, flags, logprobs, sampling_logprobs = (each.numpy()[at] for each in on_host[1:])
+    all_programs, pool = programs.cpu().numpy(), automata.cpu().numpy().data
+    scores, norms, scale = (each.cpu().numpy() for each in (logits, lse, temperature))
+    draw_logprobs = sampling_logprob.cpu().numpy()
     for row, (slot, draw) in enumerate(zip(slots.tolist(), token.tolist(), strict=True)):
         if slot < 0:
             flags[row] = 0
@@ -248,9 +252,12 @@ def budget_step(
             logprobs[row] = -np.inf
             if 0 <= emitted < logits.shape[1]:
                 divisor = scale[slot] if scale[slot] > 0 else np.float32(1)
-                logprobs[row] = scores[row, emitted] / divisor - norms[row]
+                with np.errstate(invalid="ignore"):  # NaN where all logits are -inf
+                    logprobs[row] = scores[row, emitted] / divisor - norms[row]
             forced = flags[row] & Flag.FORCED
-            sampling_logprobs[row] = 0 if forced else sampling_logprob[row]
+            sampling_logprobs[row] = 0 if forced else draw_logprobs[row]
+    for target, source in zip(changed, on_host, strict=True):
+        target.copy_(source)
 
 
 def decode_inputs(

@@ -207,7 +207,8 @@ def random_program(rng: random.Random, at: int, machine: RandomAutomaton) -> lis
 
 @dataclass(frozen=True)
 class RandomTables:
-    """Tables of `len(starts)` slots; `state` has TOKEN, POSITION, LIMIT and DFA: enter `starts` first."""
+    """Tables of `len(starts)` slots, on the CPU; `state` has TOKEN, POSITION, LIMIT and DFA: enter `starts`
+    first."""
 
     state: torch.Tensor
     programs: torch.Tensor
@@ -226,7 +227,7 @@ class RandomTables:
             if kind > 0.99:
                 some = [-1, vocab_size, 2**31 - 1]
             out.append(rng.choice(some) if some else rng.randrange(vocab_size))
-        return torch.tensor(out, dtype=torch.int32)
+        return torch.tensor(out, dtype=torch.int32, device="cpu")
 
 
 def random_tables(rng: random.Random, num_slots: int, num_automata: int = 6) -> RandomTables:
@@ -235,7 +236,7 @@ def random_tables(rng: random.Random, num_slots: int, num_automata: int = 6) -> 
     for each in automata:
         offsets.append(len(pool))
         pool += each.words
-    state = torch.full((num_slots, STATE_WORDS), -99, dtype=torch.int32)
+    state = torch.full((num_slots, STATE_WORDS), -99, dtype=torch.int32, device="cpu")
     programs, starts, machines = [], [], []
     for slot in range(num_slots):
         which = rng.randrange(num_automata)
@@ -250,8 +251,8 @@ def random_tables(rng: random.Random, num_slots: int, num_automata: int = 6) -> 
             state[slot, word] = value
     return RandomTables(
         state,
-        torch.tensor(programs, dtype=torch.int32),
-        torch.tensor(pool, dtype=torch.int32),
+        torch.tensor(programs, dtype=torch.int32, device="cpu"),
+        torch.tensor(pool, dtype=torch.int32, device="cpu"),
         starts,
         machines,
     )

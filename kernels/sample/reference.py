@@ -116,8 +116,11 @@ def sample(
     *,
     out: Sampled | None = None,
 ) -> Sampled:
-    """See `kernels.sample.sample`."""
-    out = empty(logits) if out is None else out
+    """See `kernels.sample.sample`. Computed on the host, wherever the tensors are."""
+    given = empty(logits) if out is None else out
+    logits, slots, positions = logits.cpu(), slots.cpu(), positions.cpu()
+    table = SamplingTable(*(None if part is None else part.cpu() for part in table))
+    out = Sampled(*(part.cpu() for part in given))
     for row, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
         out.token[row], out.lse[row], out.sampling_logprob[row] = -1, 0.0, 0.0
         if slot < 0:
@@ -142,4 +145,6 @@ def sample(
             out.sampling_logprob[row] = raw[token] / table.temperature[slot] - out.lse[row]
         else:
             out.sampling_logprob[row] = torch.log_softmax(y.masked_fill(~keep, -math.inf), 0)[token]
-    return out
+    for target, source in zip(given, out, strict=True):
+        target.copy_(source)
+    return given

@@ -15,6 +15,7 @@ from elastic_decode.kernels.budget import layout
 from elastic_decode.kernels.budget.layout import Finish, Flag, State, ThinkEnd
 from elastic_decode.kernels.budget.testing import RandomTables, random_tables
 from elastic_decode.kernels.registry import implementation
+from elastic_decode.kernels.testing import device_of, runnable
 
 
 def test_header_numbers_the_words_like_the_layout():
@@ -26,33 +27,41 @@ def test_header_numbers_the_words_like_the_layout():
 
 
 class Run:
-    """One backend's copy of a launch: its state, and a ring poisoned so that a stray write shows."""
+    """One backend's copy of a launch, where it wants it: its state, and a ring poisoned so that a stray write
+    shows.
+    """
 
     def __init__(self, tables: RandomTables, backend: str, width: int, length: int = 3):
-        self.tables, self.backend = tables, backend
-        self.state = tables.state.clone()
-        self.ring = [torch.full((length, width), -77, dtype=torch.int32) for _ in range(2)]
-        self.ring += [torch.full((length, width), float("nan")) for _ in range(2)]
+        self.backend, self.device = backend, device_of(backend)
+        state = tables.state.clone()
         for slot, start in enumerate(tables.starts):
             enter = implementation("budget", backend, "enter_start")
-            enter(self.state[slot], tables.programs[slot], tables.automata, start)
+            enter(state[slot], tables.programs[slot], tables.automata, start)
+        self.state, self.programs, self.automata = self.moved(state, tables.programs, tables.automata)
+        self.ring = self.moved(
+            *(torch.full((length, width), -77, dtype=torch.int32) for _ in range(2)),
+            *(torch.full((length, width), float("nan")) for _ in range(2)),
+        )
+
+    def moved(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        return [each.to(self.device) for each in tensors]
 
     def step(self, slots, draws, logits, lse, logprobs, temperature, index):
         at = torch.tensor([index], dtype=torch.int32)
-        tables = (self.state, self.tables.programs, self.tables.automata, slots, draws)
+        inputs = self.moved(slots, draws, logits, lse, logprobs, temperature)
         step = implementation("budget", self.backend, "budget_step")
-        step(*tables, logits, lse, logprobs, temperature, *self.ring, at)
+        step(self.state, self.programs, self.automata, *inputs, *self.ring, *self.moved(at))
 
 
 def assert_equal_runs(want: Run, have: Run, note: str) -> None:
-    if not torch.equal(want.state, have.state):
-        slot = int((want.state != have.state).any(1).nonzero()[0])
-        raise AssertionError(
-            f"{note}: slot {slot}: {want.state[slot].tolist()} != {have.state[slot].tolist()}"
-        )
-    assert torch.equal(want.ring[0], have.ring[0]), note
-    assert torch.equal(want.ring[1], have.ring[1]), note
-    for a, b in zip(want.ring[2:], have.ring[2:], strict=True):
+    expected, actual = want.state.cpu(), have.state.cpu()
+    if not torch.equal(expected, actual):
+        slot = int((expected != actual).any(1).nonzero()[0])
+        raise AssertionError(f"{note}: slot {slot}: {expected[slot].tolist()} != {actual[slot].tolist()}")
+    rings = [[each.cpu() for each in run.ring] for run in (want, have)]
+    assert torch.equal(rings[0][0], rings[1][0]), note
+    assert torch.equal(rings[0][1], rings[1][1]), note
+    for a, b in zip(rings[0][2:], rings[1][2:], strict=True):
         torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6, equal_nan=True, msg=lambda m: f"{note}: {m}")
 
 
@@ -102,11 +111,11 @@ def test_random_programs_found_by_hypothesis_equal_the_reference(rng):
     compare(rng, "cpu", 3, 8, Counter())
 
 
-@pytest.mark.interpret
-def test_random_programs_under_the_interpreter_equal_the_reference():
+@pytest.mark.parametrize("backend", ["triton", *set(runnable("budget")) & {"cuda"}])
+def test_random_programs_on_the_gpus_backends_equal_the_reference(backend):
     seen: Counter = Counter()
     for seed in range(3):
-        compare(random.Random(seed), "triton", 300, 8, seen)
+        compare(random.Random(seed), backend, 300, 8, seen)
     assert all(seen[repr(code)] > 10 for code in (*list(Finish)[:5], *ThinkEnd)), dict(seen)
 
 

@@ -7,13 +7,26 @@ from elastic_decode.kernels import budget as op
 from elastic_decode.kernels.budget import layout
 from elastic_decode.kernels.budget.layout import STATE_WORDS, Finish, Flag, Label, State, ThinkEnd
 from elastic_decode.kernels.budget.testing import automaton, event, phase, program
-from elastic_decode.kernels.registry import available
+from elastic_decode.kernels.testing import device_of, runnable
 
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.interpret if name == "triton" else ())
-    for name, reason in available("budget").items()
-    if reason is None
-]
+
+@pytest.fixture(params=runnable("budget"))
+def backend(request):
+    """A backend's name; tensors are made where it wants them."""
+    with torch.device(device_of(request.param)):
+        yield request.param
+
+
+def entered(backend, state, programs, automata, starts):
+    """The three tables, made on the CPU, with every row at its start, where `backend` wants them."""
+    for slot, start in enumerate(starts):
+        op.enter_start(state[slot], programs[slot], automata, start, backend=backend)
+    return [each.to(device_of(backend)) for each in (state, programs, automata)]
+
+
+def ints(values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device="cpu")
+
 
 # The laws, on programs made by hand. Tokens 0 to 5 are ordinary.
 
@@ -63,12 +76,10 @@ class Row:
         self, backend: str, words: list[int], *, start: int = 0, position: int = 7, limit: int = 1000
     ):
         self.backend = backend
-        self.program = torch.tensor([words], dtype=torch.int32)
-        self.automata = torch.tensor(hand_automaton(), dtype=torch.int32)
-        self.state = torch.zeros(1, STATE_WORDS, dtype=torch.int32)
-        self.state[0, State.TOKEN], self.state[0, State.POSITION] = 3, position
-        self.state[0, State.LIMIT] = limit
-        op.enter_start(self.state[0], self.program[0], self.automata, start, backend=backend)
+        state = ints([[0] * STATE_WORDS])
+        state[0, State.TOKEN], state[0, State.POSITION], state[0, State.LIMIT] = 3, position, limit
+        tables = (state, ints([words]), ints(hand_automaton()))
+        self.state, self.program, self.automata = entered(backend, *tables, [start])
         self.out: list[tuple] = []
         self.flags: list[int] = []
 
@@ -100,7 +111,6 @@ class Row:
         return self[State.THINK_END], self[State.FINISH]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 class TestLaws:
     def test_natural_close_then_eos(self, backend):
         row = Row(backend, elastic(9, 9))(1, OPEN_CLOSE, CLOSE, 2, EOS)
@@ -332,18 +342,14 @@ class TestLaws:
 # The ops around the machine.
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 class TestRing:
     def step(self, backend, slots, draws, logits, lse, temperature, index=0, length=3, width=5):
         """Four slots: running, running, forced close pending, finished."""
-        programs = torch.tensor(
-            [elastic(9, 9), elastic(9, 9), elastic(0, 9), elastic(9, 0)], dtype=torch.int32
-        )
-        automata = torch.tensor(hand_automaton(), dtype=torch.int32)
-        state = torch.zeros(4, STATE_WORDS, dtype=torch.int32)
+        programs = ints([elastic(9, 9), elastic(9, 9), elastic(0, 9), elastic(9, 0)])
+        state = ints([[0] * STATE_WORDS] * 4)
         state[:, State.LIMIT] = 100
-        for slot, start in enumerate((0, 0, 0, 1)):
-            op.enter_start(state[slot], programs[slot], automata, start, backend=backend)
+        tables = (state, programs, ints(hand_automaton()))
+        state, programs, automata = entered(backend, *tables, (0, 0, 0, 1))
         before = state.clone()
         ring = [torch.full((length, width), -77, dtype=torch.int32) for _ in range(2)]
         ring += [torch.full((length, width), -77.0) for _ in range(2)]
@@ -385,7 +391,6 @@ class TestRing:
         assert all((tensor == -77).all() for tensor in ring)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_decode_inputs(backend, page_size):
     max_pages = 4

@@ -3,34 +3,27 @@
 import contextlib
 import importlib
 import math
-import os
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_decode.kernels import _C, registry
+from elastic_decode.kernels import _C
 from elastic_decode.kernels.sample import Sampled, SamplingTable, make_table, reference, sample
+from elastic_decode.kernels.testing import device_of, runnable
 
-BACKENDS = [
-    name for name, reason in registry.available("sample").items() if reason is None and name != "triton"
-]
 ISAS = {"generic": _C.cpu.Isa.generic, "avx2": _C.cpu.Isa.avx2, "avx512": _C.cpu.Isa.avx512_bf16}
 INF, NAN = math.inf, math.nan
 
 
-@pytest.fixture(
-    params=[*BACKENDS, "cpu-generic", "cpu-avx2", pytest.param("triton", marks=pytest.mark.interpret)]
-)
+@pytest.fixture(params=[*runnable("sample"), "cpu-generic", "cpu-avx2"])
 def backend(request):
-    """A backend's name; for C++ also with the instruction set capped."""
+    """A backend's name; tensors are made where it wants them. For C++ also with fewer instructions."""
     name, _, cap = request.param.partition("-")
-    if name == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("needs TRITON_INTERPRET=1")
     if cap and _C.cpu.isa().value < ISAS[cap].value:
         pytest.skip(f"this processor has no {cap}")
-    with capped(cap or "avx512"):
+    with capped(cap or "avx512"), torch.device(device_of(name)):
         yield name
 
 
@@ -50,7 +43,7 @@ def ints(*values: int) -> torch.Tensor:
 
 def table_of(slots: int, bans: int = 0, biases: int = 0, vocab: int | None = None, **fields) -> SamplingTable:
     """A table whose named fields are set; with `vocab`, penalties have their tensors (zeros)."""
-    table = make_table(slots, bans, biases)
+    table = make_table(slots, bans, biases, torch.get_default_device())
     if vocab is not None:
         counts = torch.zeros(slots, vocab, dtype=torch.int32)
         table = table._replace(output_counts=counts, prompt_mask=torch.zeros(slots, vocab, dtype=torch.uint8))
@@ -79,6 +72,13 @@ def assert_drawn(
 
     Those are a score within 2e-5 of the best, and a value within 1e-5 of a threshold.
     """
+    logits, drawn = logits.cpu(), Sampled(*(part.cpu() for part in drawn))
+    table = SamplingTable(*(None if part is None else part.cpu() for part in table))
+    with torch.device("cpu"):
+        assert_drawn_on_host(drawn, logits, table, slots, positions)
+
+
+def assert_drawn_on_host(drawn, logits, table, slots, positions) -> None:
     rows, vocab = logits.shape
     slots = list(range(rows)) if slots is None else slots.tolist()
     positions = [row + 100 for row in range(rows)] if positions is None else positions.tolist()
@@ -277,7 +277,7 @@ def test_filters_at_their_limits(backend):
 
 def test_ties_at_a_threshold_are_all_kept(backend):
     """Values 3, 2, 2, 2, 1 …: top-k 2 keeps the 3 and every 2; so does top-p just above the mass of the 3."""
-    rows = 24
+    rows = 20
     logits = torch.full((rows, 41), 1.0)
     logits[:, 9] = 3.0
     logits[:, [2, 20, 40]] = 2.0
@@ -307,7 +307,7 @@ def test_without_options_both_logprobs_are_one(backend):
 
 def penalty_table(vocab, **options):
     table = table_of(4, vocab=vocab, **options)
-    generator = torch.Generator().manual_seed(8)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(8)
     table.output_counts[:] = torch.randint(0, 4, (4, vocab), generator=generator)
     table.prompt_mask[:] = torch.randint(0, 2, (4, vocab), generator=generator)
     return table
@@ -483,27 +483,60 @@ def test_random_situations(isa, situation):
     assert_drawn(drawn, logits, table, slots, positions)
 
 
-@pytest.mark.interpret
-@pytest.mark.parametrize("capacity", [16, 16384])
-def test_many_tiles_in_triton(monkeypatch, capacity):
-    """Small tiles, so that small vocabularies have many; candidates that fit their list and that do not."""
+def small_tiles(monkeypatch, capacity: int, tiles_a_program: int) -> None:
+    """Small tiles, so that small vocabularies have many; `capacity` candidates fit their list."""
     scan, finish = (
         importlib.import_module(f"elastic_decode.kernels.sample.triton_{part}") for part in ("scan", "finish")
     )
     monkeypatch.setattr(scan, "TILE", 128)
     monkeypatch.setattr(scan, "GROUP", 8)
+    monkeypatch.setattr(scan, "tiles_a_program", lambda *_: tiles_a_program)
     monkeypatch.setattr(finish, "HOT", 4)
     monkeypatch.setattr(finish, "BLOCK", 64)
     monkeypatch.setattr(finish, "CAPACITY", capacity)
 
-    @settings(max_examples=12, deadline=None, derandomize=True, database=None)
-    @given(situations(most_vocab=700))
+
+@pytest.mark.parametrize("name", ["triton"])
+@pytest.mark.parametrize("capacity", [16, 16384])
+def test_many_tiles_in_triton(monkeypatch, name, capacity):
+    small_tiles(monkeypatch, capacity, tiles_a_program=3)
+
+    @settings(max_examples=8, deadline=None, derandomize=True, database=None)
+    @given(situations(most_vocab=500))
     def check(situation):
         logits, slots, positions, table = situation
-        drawn = draw("triton", logits, table, slots, positions)
+        drawn = draw(name, logits, table, slots, positions)
         assert_drawn(drawn, logits, table, slots, positions)
 
-    check()
+    with torch.device(device_of(name)):
+        check()
+
+
+@pytest.mark.parametrize("name", ["triton"])
+@pytest.mark.parametrize("spread", [0.1, 8.0])
+def test_tiles_left_without_noise_in_triton_change_nothing(monkeypatch, name, spread):
+    """Those are the more, the more tiles a program has: none where it has one."""
+    rows, vocab = 5, 1000
+    with torch.device(device_of(name)):
+        torch.manual_seed(11)
+        logits = torch.randn(rows, vocab) * spread
+        logits[2, 200:] -= 60  # later tiles far below
+        logits[3, :800] -= 60  # … and far above
+        logits[4, 128:256] = -INF
+        table = table_of(rows, temperature=[1, 0.05, 0.6, 1, 3], seed=3, bans=1, ban_ids=7, ban_until=999)
+        slots = torch.arange(rows, dtype=torch.int32)
+        results, left = [], []
+        for tiles in (1, 3, 8):
+            small_tiles(monkeypatch, 64, tiles_a_program=tiles)
+            results.append(draw(name, logits, table))
+            scan = importlib.import_module("elastic_decode.kernels.sample.triton").scan
+            partial = scan(logits, slots, slots + 100, table)[0][3 + len(table)]
+            assert partial.shape == (rows, 5, 8)
+            left.append(int((partial[:, 4] == -INF).sum()))
+    assert_drawn(results[0], logits, table)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+    assert left[0] == 1  # the tile without candidates
+    assert left[0] < left[1] < left[2]
 
 
 # ---- the public op ----

@@ -8,6 +8,7 @@ import torch
 
 from elastic_decode.kernels import _C
 from elastic_decode.kernels.sample import reference
+from elastic_decode.kernels.testing import device_of
 
 ISAS = {"generic": _C.cpu.Isa.generic, "avx2": _C.cpu.Isa.avx2, "avx512": _C.cpu.Isa.avx512_bf16}
 # Seed, sample index, position.
@@ -84,31 +85,37 @@ def test_compiled_noise_agrees_with_the_reference(isa):
     assert (out - want).abs().max() <= 5e-7 * want.abs().clamp(min=1).max()
 
 
-@pytest.mark.interpret
-def test_triton_words_and_noise(monkeypatch):
-    triton = pytest.importorskip("triton")
+@pytest.mark.parametrize("backend", ["triton"])
+def test_triton_words_and_noise(monkeypatch, backend):
+    triton = importlib.import_module("triton")
     noise = importlib.import_module("elastic_decode.kernels.sample.triton_noise")
     tl = triton.language
 
     @triton.jit
-    def kernel(words_out, gumbel_out, words_in, seed, index, position, COUNT: tl.constexpr):
+    def kernel(words_out, again_out, gumbel_out, words_in, seed, index, position, COUNT: tl.constexpr):
         at = tl.arange(0, COUNT)
-        word = noise.words(1 << 15, tl.load(seed), tl.load(index), tl.load(position), COUNT)
+        key = tl.load(seed)
+        word = noise.words(1 << 15, key, tl.load(index), tl.load(position), COUNT)
         tl.store(words_out + at, word.to(tl.int32, bitcast=True))
+        again = noise.words_of((1 << 15) + at, key, tl.load(index), tl.load(position))
+        tl.store(again_out + at, again.to(tl.int32, bitcast=True))
         tl.store(gumbel_out + at, noise.gumbel(tl.load(words_in + at).to(tl.uint32, bitcast=True)))
 
     monkeypatch.setitem(kernel.fn.__globals__, "noise", noise)
     monkeypatch.setitem(kernel.fn.__globals__, "tl", tl)
     count, given = 1024, edge_words()[:1024]
-    words, gumbel = torch.zeros(count, dtype=torch.int32), torch.zeros(count)
+    device = device_of(backend)
+    words, again = torch.zeros(2, count, dtype=torch.int32, device=device)
+    gumbel = torch.zeros(count, device=device)
     for seed, index, position in KEYS:
-        scalars = [torch.tensor([value], dtype=dtype) for value, dtype in
+        scalars = [torch.tensor([value], dtype=dtype, device=device) for value, dtype in
                    ((seed, torch.int64), (index, torch.int32), (position, torch.int32))]  # fmt: skip
-        kernel[(1,)](words, gumbel, as_int32(given), *scalars, COUNT=count)
+        kernel[(1,)](words, again, gumbel, as_int32(given).to(device), *scalars, COUNT=count)
         expected = reference.words(seed, index, position, (1 << 15) + count)[1 << 15 :]
-        assert torch.equal(words.long() & 0xFFFFFFFF, expected)
+        assert torch.equal(words.cpu().long() & 0xFFFFFFFF, expected)
+        assert torch.equal(again, words)
     want = reference.gumbel(given)
-    assert (gumbel - want).abs().max() <= 5e-7 * want.abs().clamp(min=1).max()
+    assert (gumbel.cpu() - want).abs().max() <= 5e-7 * want.abs().clamp(min=1).max()
 
 
 def test_noise_has_the_gumbel_distribution():
