@@ -4,6 +4,7 @@ Noise and steps 1 and 2 are in float32, as in every backend; what follows is in 
 """
 
 import math
+from typing import Any
 
 import torch
 
@@ -119,7 +120,8 @@ def sample(
     """See `kernels.sample.sample`. Computed on the host, wherever the tensors are."""
     given = empty(logits) if out is None else out
     logits, slots, positions = logits.cpu(), slots.cpu(), positions.cpu()
-    table = SamplingTable(*(None if part is None else part.cpu() for part in table))
+    parts: list[Any] = [None if part is None else part.cpu() for part in table]
+    table = SamplingTable(*parts)
     out = Sampled(*(part.cpu() for part in given))
     for row, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
         out.token[row], out.lse[row], out.sampling_logprob[row] = -1, 0.0, 0.0
