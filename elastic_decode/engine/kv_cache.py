@@ -134,6 +134,9 @@ class PagePool:
         del self._page_of[self._key_of.pop(page)]
 
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
 class KVPages:
     """The tensors: per layer `(k_cache, v_cache)`, each [num_pages, page_size, num_kv_heads, head_dim]."""
 
@@ -153,7 +156,8 @@ class KVPages:
     def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Copy whole pages, all layers."""
         if source:
-            storage = self._storage
+            # As integers of their size: copying needs no arithmetic, and torch has not all of it for float8.
+            storage = self._storage.view(_BITS[self._storage.itemsize])
             to, of = self._device.upload(target, np.int64), self._device.upload(source, np.int64)
             self._device.launch(lambda: storage.index_copy_(2, to, storage.index_select(2, of)))
 
