@@ -17,7 +17,7 @@ BACKENDS: tuple[str, ...] = ("reference", "cpu", "triton", "cuda", "flashinfer",
 # What one name for all ops may be; CHOSEN_FOR says for which ops a name stands where it has not all of them.
 CHOICES: tuple[str, ...] = ("auto", "reference", "cpu", "triton", "cuda", "flashinfer")
 CHOSEN_FOR: dict[str, tuple[str, ...]] = {
-    "cuda": ("draw", "paged_attention"),
+    "cuda": ("paged_attention", "sample", "budget", "draw"),
     "flashinfer": ("paged_attention",),
 }
 # A row's bits depend on the other rows there: these libraries pick their algorithm by the batch.

@@ -72,8 +72,10 @@ def assert_close(
 
 
 def runnable(op: str) -> list[str]:
-    """The backends on which `op` can run in this process."""
-    return [backend for backend, reason in registry.available(op).items() if reason is None]
+    """The backends on which `op` can run in this process; not those that are there for comparison only."""
+    others = registry.COMPARISON_ONLY.get(op, ())
+    found = registry.available(op).items()
+    return [backend for backend, reason in found if reason is None and backend not in others]
 
 
 def device_of(backend: str) -> torch.device:

@@ -91,7 +91,9 @@ def outcomes(arguments: argparse.Namespace) -> Iterator[Outcome]:
     pairs = candidates(arguments.backend, device.type)
     with on_device(device):
         for op, backend in pairs:
-            invariant = backend not in registry.NOT_BATCH_INVARIANT.get(op, ())
+            # The interpreter multiplies with NumPy, whose bits depend on the other rows of a tile.
+            interpreted = backend == "triton" and device.type == "cpu"
+            invariant = not interpreted and backend not in registry.NOT_BATCH_INVARIANT.get(op, ())
             yield selfcheck.check(op, backend, shapes, device, batch_invariant=invariant)
 
 

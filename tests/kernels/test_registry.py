@@ -1,5 +1,7 @@
 """Which backend a choice means, what is refused, and that nothing takes the place of what cannot run."""
 
+from pathlib import Path
+
 import pytest
 
 from elastic_decode.kernels import registry
@@ -26,6 +28,11 @@ def test_a_name_stands_for_the_ops_it_has():
         assert {op for op, backend in chosen.items() if backend == name} == set(OPS) & set(ops)
         assert chosen["paged_attention"] == name
         assert set(chosen.values()) == {name, "triton"}
+
+
+def test_cuda_stands_for_all_that_is_written_in_cuda():
+    written = {path.parent.name for path in Path(registry.__file__).parent.glob("*/cuda.py")}
+    assert written <= set(registry.CHOSEN_FOR["cuda"])
 
 
 def test_a_mapping_overrides_auto():

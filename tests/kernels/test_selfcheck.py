@@ -1,5 +1,6 @@
 """The check of a device: what is right passes, and whatever is wrong with an op is found."""
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -47,8 +48,6 @@ def test_what_is_right_passes(op, backend, kind):
         pytest.skip("the op's own tests do; slow, or not bfloat16, under the interpreter")
     if kind == "float8" and backend == "cpu":
         pytest.skip("the CPU kernels have no float8 cache")
-    if (op, backend) == ("sample", "flashinfer"):
-        pytest.skip("draws otherwise; for comparison only")
     invariant = backend not in registry.NOT_BATCH_INVARIANT.get(op, ())
     shapes = SMALL._replace(**KINDS[kind])
     outcome = check(op, backend, shapes, device_of(backend), batch_invariant=invariant)
@@ -56,6 +55,17 @@ def test_what_is_right_passes(op, backend, kind):
     assert outcome.findings >= 4
     assert outcome.worst is not None
     assert outcome.worst.ok
+
+
+CUDA_OPS = [op for op in OPS if importlib.util.find_spec(f"elastic_decode.kernels.{op}.cuda") is not None]
+
+
+@pytest.mark.parametrize("op", CUDA_OPS)
+def test_cuda_sources_on_the_cpu_pass(op, cuda_on_cpu):
+    cuda_on_cpu.set_schedule(3)
+    shapes = SMALL._replace(dtype=torch.bfloat16, kv_dtype=torch.bfloat16, vocab_size=2100, head_dim=64)
+    outcome = check(op, "cuda", shapes, CPU)
+    assert outcome.ok, outcome.summary()
 
 
 # ---- broken implementations ----
