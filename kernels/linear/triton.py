@@ -51,6 +51,7 @@ class Tiles(NamedTuple):
     processors: int
     half: tuple[Tile, ...]  # bfloat16 and float16: the first whose tokens are enough, else the last
     float: tuple[Tile, ...]
+    wide: Tile | None = None  # for more than WIDE_TOKENS of a weight that is not split: twice the sums
 
 
 # By arithmetic, not by measurement: 3.3 TB/s at 0.7 us from memory need 2.3 MB in flight, 18 kB on each of
@@ -66,8 +67,9 @@ class Tiles(NamedTuple):
 #   lm_head    151936 x 1536     2374       1      2374  18: six waves     13 of 467
 #
 # Three programs a processor, not two, keep gate_up's 280 tiles from needing a second wave. The second tile,
-# of 17 to 64 tokens, does so with stages half as deep (sm_100 has processors enough for two); the third, for
-# compute, has two. sm_80 buffers a stage less: mma.sync reads registers.
+# of 17 to 64 tokens, does so with stages half as deep (sm_100 has processors enough for two). The third, for
+# compute, has two; the wide one for prefill has one, and asks the L2 cache for a quarter fewer bytes. sm_80
+# buffers a stage less: mma.sync reads registers.
 TILES: dict[int, Tiles] = {
     80: Tiles(
         108,
@@ -78,17 +80,20 @@ TILES: dict[int, Tiles] = {
         132,
         (Tile(64, 16, 128, 4, 3), Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 3, 128)),
         (Tile(64, 16, 32, 4, 3), Tile(64, 32, 32, 4, 3)),
+        Tile(128, 256, 64, 8, 3),
     ),
     100: Tiles(
         148,
         (Tile(64, 16, 128, 4, 3), Tile(64, 64, 128, 4, 3), Tile(128, 128, 64, 8, 3, 128)),
         (Tile(64, 16, 32, 4, 3), Tile(64, 32, 32, 4, 3)),
+        Tile(128, 256, 64, 8, 3),
     ),
 }
 SPLIT_ROWS = 64  # the tiles that `splits` counts; of them and SPLIT_DEPTH all bits depend
 SPLIT_DEPTH = 128  # splits begin at multiples; a multiple of every tile's depth
 MAX_SPLITS = 16
 PREFETCH = 512  # 16 to 18 MB of a weight in all: what memory brings in 5 us
+WIDE_TOKENS = 256
 SPREAD_TOKENS = 512  # from more tokens on, reading and writing partial sums costs more than it gains
 
 
@@ -118,8 +123,11 @@ def plan(tokens: int, outputs: int, inputs: int, dtype: torch.dtype, arch: int) 
     """How `linear` cuts up a call. `splits` and `split_length` do not depend on `tokens`; nothing else of a
     plan can change a bit of the result."""
     count, length = splits(outputs, inputs, arch)
-    table = TILES[arch].float if dtype == torch.float32 else TILES[arch].half
+    _, half, full, wide = TILES[arch]
+    table = full if dtype == torch.float32 else half
     tile = next((tile for tile in table if tokens <= tile.tokens), table[-1])
+    if wide and count == 1 and tokens > WIDE_TOKENS and dtype != torch.float32:
+        tile = wide
     tiles = triton.cdiv(outputs, tile.outputs) * triton.cdiv(tokens, tile.tokens)
     spread = count > 1 and tokens <= SPREAD_TOKENS and tiles < TILES[arch].processors
     return Plan(tile, count, length, spread)
@@ -291,10 +299,11 @@ def linear(
     tile, count, length, spread = plan(tokens, outputs, inputs, x.dtype, architecture(x.device))
     across, down = triton.cdiv(tokens, tile.tokens), triton.cdiv(outputs, tile.outputs)
     partial = arrived = out
+    if count > 1:
+        arrived = _counters(weight)  # here whatever the batch: a later one may be captured
     if spread:
         sums = across * down * count * tile.outputs * tile.tokens
         partial = torch.empty(sums, dtype=torch.float32, device=x.device)
-        arrived = _counters(weight)
     _linear_kernel[(across, down, count if spread else 1)](
         out,
         x,
@@ -358,6 +367,7 @@ def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
         ("decode uneven", 17920, 1568, 64, torch.bfloat16, False),
         ("decode o", 1536, 1536, 1, torch.float32, False),
         ("prefill o", 1536, 1536, 2048, torch.bfloat16, False),
+        ("prefill gate_up", 17920, 1536, 2048, torch.bfloat16, False),
     ):
         signature = {
             **dict.fromkeys(("out", "x", "weight", "bias"), f"*{names[dtype]}"),

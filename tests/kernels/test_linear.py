@@ -157,19 +157,20 @@ def sums_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
-WEIGHTS = [(70, 67), (40, 700), (9, 1410)]
-if not INTERPRETING:
-    WEIGHTS += [(2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960), (9728, 896), (896, 4864)]
+SMALL = [(70, 67), (40, 700), (9, 1410)]
+REAL = [(2048, 1536), (17920, 1536), (1536, 8960), (896, 4864)]
 
 
 @DTYPES
 @pytest.mark.parametrize("name", ["triton"])
-@pytest.mark.parametrize(("outputs", "inputs"), WEIGHTS)
+@pytest.mark.parametrize(("outputs", "inputs"), SMALL if INTERPRETING else SMALL[:1] + REAL)
 def test_bits_do_not_depend_on_the_tile(
     name: str, dtype: torch.dtype, outputs: int, inputs: int, sums_in_order: None, monkeypatch
 ) -> None:
     """Every tile, with splits spread over programs and walked by one."""
     skip_unless_computed(name, dtype)
+    if (outputs, inputs) in REAL and dtype != torch.bfloat16:
+        pytest.skip("one dtype is enough: each compiles six kernels")
     from elastic_decode.kernels.linear import triton as module
 
     with torch.device(device_of(name)):
@@ -188,6 +189,7 @@ def test_plans_of_real_weights() -> None:
     pytest.importorskip("triton")
     from elastic_decode.kernels.linear.triton import SPLIT_DEPTH, TILES, plan
 
+    assert plan(257, 17920, 1536, torch.bfloat16, 90).tile == TILES[90].wide
     assert plan(1, 1536, 8960, torch.bfloat16, 90)[1:] == (10, 896, True)
     for arch, tiles in TILES.items():
         for hidden, qkv, intermediate in ((896, 1152, 4864), (1536, 2048, 8960), (3584, 4608, 18944)):
@@ -199,9 +201,9 @@ def test_plans_of_real_weights() -> None:
                 (151936, hidden),
             ):
                 for dtype in (torch.bfloat16, torch.float32):
-                    plans = [plan(n, outputs, inputs, dtype, arch) for n in (1, 17, 65, 300, 2048)]
+                    plans = [plan(n, outputs, inputs, dtype, arch) for n in (1, 17, 65, 257, 2048)]
                     assert len({found[1:3] for found in plans}) == 1
-                    for tokens, found in zip((1, 17, 65, 300, 2048), plans, strict=True):
+                    for tokens, found in zip((1, 17, 65, 257, 2048), plans, strict=True):
                         tile, count, length, spread = found
                         assert length % SPLIT_DEPTH == SPLIT_DEPTH % tile.depth == 0
                         assert (count - 1) * length < inputs <= count * length
