@@ -9,6 +9,7 @@ from .. import registry
 from ..checks import check_tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CACHE_DTYPES = (*FLOAT_DTYPES, torch.float8_e4m3fn)
 
 
 class SharedPrefixes(NamedTuple):
@@ -44,7 +45,8 @@ def paged_attention(
     q            [T, Hq, D] float: the new tokens of all rows, row after row
     k_cache,
     v_cache      [num_pages, page_size, Hkv, D] float, of q's dtype or another; Hq is a multiple of Hkv, query
-                 head h reads kv head h // (Hq / Hkv). The new tokens' own keys and values are already in them
+                 head h reads kv head h // (Hq / Hkv). The new tokens' own keys and values are already in
+                 them. The GPU's backends and the reference also take float8_e4m3fn (no scales)
     page_table   int32 [R, max_pages]: token j of row r is in page page_table[r, j // page_size] at offset
                  j % page_size; entries past the seq_len tokens may be anything. May be the first
                  columns of a wider table; all other tensors are contiguous
@@ -147,7 +149,7 @@ def _check(
     check_tensor("q", q, (None, None, None), FLOAT_DTYPES)
     num_tokens, num_heads, head_dim = q.shape
     device = q.device
-    check_tensor("k_cache", k_cache, (None, None, None, head_dim), FLOAT_DTYPES, device)
+    check_tensor("k_cache", k_cache, (None, None, None, head_dim), CACHE_DTYPES, device)
     check_tensor("v_cache", v_cache, k_cache.shape, k_cache.dtype, device)
     check_tensor("page_table", page_table, (None, None), torch.int32, device, contiguous=False)
     if page_table.shape[1] > 1 and page_table.stride(1) != 1:
