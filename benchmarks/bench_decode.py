@@ -173,11 +173,10 @@ def bench_shape(name: str, tokenizer: Any, arguments: argparse.Namespace) -> Non
                 harness.append(row)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:2] == ["--device", "cuda"]:
-        decode_window.main(argv)
-        return
+        return decode_window.main(argv)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -198,7 +197,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     for name in arguments.shapes:
         bench_shape(name, tokenizer, arguments)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,7 +6,8 @@ R1-Distill-Qwen-1.5B's shape, random bfloat16 weights made on the device, prompt
 2,048, greedy, EOS ignored. Two kinds of rows:
 - "step": one step's graph, replayed and timed with events, with the budget machine and without it;
 - "decode": the engine's own tokens/s over the window in which every row decodes, for each horizon, and at the
-  last of them with kernels that need not be batch-invariant, with no budget, and without graphs.
+  last of them with one thing changed: kernels that need not be batch-invariant, no budget, kernels launched
+  early, other backends, keys and values in float8, no graphs.
 Floors are at the device's ceilings, which are measured first; a window's is that of its middle position.
 `--device cpu` runs the same on the CPU with a tiny shape: a check of this program, no measurement.
 """
@@ -15,7 +16,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -30,7 +32,7 @@ from timing import ceilings
 from elastic_decode import Budget, Engine, EngineConfig, Request, SamplingParams, budgets
 from elastic_decode.assets import tiny_model_path
 from elastic_decode.delimiters import resolve
-from elastic_decode.kernels import registry
+from elastic_decode.kernels import gpu, registry
 from elastic_decode.models.layout import Weights, assemble, layer_layout, outer_layout
 
 
@@ -159,20 +161,66 @@ def engine_config(arguments: argparse.Namespace, batch: int, horizon: int) -> En
     )
 
 
-def variants(arguments: argparse.Namespace, batch: int) -> list[tuple[str, EngineConfig, Any]]:
-    """(name, configuration, budget) of each window."""
+class Variant(NamedTuple):
+    name: str
+    config: EngineConfig
+    budget: Any
+    dependent: bool = False  # kernels launched before the one ahead of them ends (kernels/gpu.py)
+
+
+def variants(arguments: argparse.Namespace, batch: int) -> list[Variant]:
+    """Each horizon; at the last of them one thing changed at a time."""
     think = arguments.new // 2
     elastic = Budget(think=think, solve=arguments.new - think - 1)
     listed = [
-        (f"horizon {horizon}", engine_config(arguments, batch, horizon), elastic)
+        Variant(f"horizon {horizon}", engine_config(arguments, batch, horizon), elastic)
         for horizon in arguments.horizon
     ]
-    last = listed[-1][1]
-    listed.append(("not batch-invariant", replace(last, batch_invariant=False), elastic))
-    listed.append(("no budget", last, budgets.truncate(arguments.new)))
-    if arguments.device != "cpu" and batch in (1, max(arguments.batch)):
-        listed.append(("without graphs", replace(last, cuda_graphs=False), elastic))
+    last = listed[-1].config
+    listed.append(Variant("not batch-invariant", replace(last, batch_invariant=False), elastic))
+    listed.append(Variant("no budget", last, budgets.truncate(arguments.new)))
+    if arguments.device == "cpu":
+        return listed
+    listed.append(Variant("dependent launch", last, elastic, dependent=True))
+    for backend in ("cuda", "flashinfer"):
+        config = replace(last, backend=backend, batch_invariant=backend == "cuda")
+        try:
+            registry.resolve(backend, "cuda", batch_invariant=config.batch_invariant)
+        except RuntimeError as error:
+            print(f"{backend}: not here: {error}", flush=True)
+            continue
+        listed.append(Variant(f"{backend} kernels", config, elastic))
+    listed.append(Variant("float8 keys, values", replace(last, kv_dtype="float8_e4m3fn"), elastic))
+    if batch in (arguments.batch[0], arguments.batch[-1]):
+        listed.append(Variant("without graphs", replace(last, cuda_graphs=False), elastic))
     return listed
+
+
+@contextmanager
+def dependent_launch(on: bool) -> Iterator[None]:
+    before, gpu.DEPENDENT_LAUNCH = gpu.DEPENDENT_LAUNCH, on
+    try:
+        yield
+    finally:
+        gpu.DEPENDENT_LAUNCH = before
+
+
+def warm(engine: Engine, batch: int, positions: int) -> None:
+    """Compile and record what a window up to `positions` meets: a few tokens at each width of page table."""
+    steps, end = 2 * engine.config.horizon + 2, 256
+    while end < positions:
+        end = min(2 * end, positions)
+        prompts = [[1] * max(1, end - steps), *[[2]] * (batch - 1)]
+        sampling = SamplingParams(temperature=0, ignore_eos=True)
+        engine.generate(prompts, budget=budgets.truncate(steps), sampling=sampling)
+
+
+def in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+
+
+def recorded(engine: Engine) -> int:
+    return len(engine._loop._recordings.steps)
 
 
 def windows(
@@ -180,54 +228,74 @@ def windows(
     weights: Weights,
     rates: floors.Rates,
     emit: Callable[[dict[str, Any]], None],
-) -> None:
+) -> int:
+    """How many failed."""
     model = shapes.config(arguments.shape)
-    middle = arguments.prompt + arguments.new // 2
+    middle, positions = arguments.prompt + arguments.new // 2, arguments.prompt + arguments.new
+    failures = 0
     for batch in arguments.batch:
-        floor = floors.step_floor_us(model, batch, middle, rates, size=weights.dtype.itemsize)
-        predicted = floors.step_predicted_us(model, batch, middle, rates, size=weights.dtype.itemsize)
         generator = torch.Generator().manual_seed(batch)
         low = min(1000, model.vocab_size // 2)  # past the tokenizer's ids: no prompt holds a delimiter
         shape = (batch, arguments.prompt)
         prompts = torch.randint(low, model.vocab_size, shape, generator=generator).tolist()
-        for name, config, policy in variants(arguments, batch):
+        for name, config, policy, dependent in variants(arguments, batch):
             if time.monotonic() > arguments.until:
                 print(f"batch {batch}, {name}: not measured, out of time", flush=True)
                 continue
-            with make_engine(arguments.shape, weights, config) as engine:
-                decode_window(engine, prompts, arguments.new, policy)  # compiles and records
-                window = decode_window(engine, prompts, arguments.new, policy)
-                backends = engine.backends
+            row = {
+                "bench": "decode",
+                "shape": arguments.shape,
+                "dtype": arguments.dtype,
+                "kv_dtype": config.kv_dtype,
+                "batch": batch,
+                "prompt": arguments.prompt,
+                "new": arguments.new,
+                "variant": name,
+                "horizon": config.horizon,
+                "batch_invariant": config.batch_invariant,
+                "cuda_graphs": config.cuda_graphs,
+                "dependent_launch": dependent,
+            }
+            try:
+                with dependent_launch(dependent), make_engine(arguments.shape, weights, config) as engine:
+                    row["backends"] = engine.backends
+                    warm(engine, batch, positions)
+                    graphs = recorded(engine)
+                    window = decode_window(engine, prompts, arguments.new, policy)
+                    row["recorded_meanwhile"] = recorded(engine) - graphs
+            except Exception as error:  # one variant, whatever it raises, must not cost the others
+                failures += 1
+                words = in_words(error)
+                emit({**row, "error": words})
+                print(f"{batch:5} {name:20} FAILED: {words}", flush=True)
+                harness.synchronize(arguments.device)
+                continue
+            kv_size = 1 if config.kv_dtype.startswith("float8") else weights.dtype.itemsize
+            sizes = {"size": weights.dtype.itemsize, "kv_size": kv_size}
+            floor = floors.step_floor_us(model, batch, middle, rates, **sizes)
+            predicted = floors.step_predicted_us(model, batch, middle, rates, **sizes)
             step_us = 1e6 * batch / window.tokens_per_s
+            share = window.graph_share
             emit(
                 {
-                    "bench": "decode",
-                    "shape": arguments.shape,
-                    "dtype": arguments.dtype,
-                    "batch": batch,
-                    "prompt": arguments.prompt,
-                    "new": arguments.new,
-                    "variant": name,
-                    "horizon": config.horizon,
-                    "batch_invariant": config.batch_invariant,
-                    "cuda_graphs": config.cuda_graphs,
-                    "backends": backends,
+                    **row,
                     "engine_tokens_per_s": round(window.tokens_per_s, 1),
                     "step_us": round(step_us, 1),
                     "floor_us": round(floor, 1),
                     "of_floor": round(floor / step_us, 3),
                     "predicted_us": round(predicted, 1),
-                    "graph_share": None if window.graph_share is None else round(window.graph_share, 5),
+                    "graph_share": None if share is None else round(share, 5),
                     "waits": window.waits,
                     "idle_waits": window.idle_waits,
                 }
             )
-            graphs = "" if window.graph_share is None else f"{window.graph_share:7.2%}"
             print(
                 f"{batch:5} {name:20} {window.tokens_per_s:10,.0f} {step_us:9.0f} {floor:9.0f} "
-                f"{floor / step_us:6.1%} {predicted:9.0f} {graphs:>8} {window.idle_waits} of {window.waits}",
+                f"{floor / step_us:6.1%} {predicted:9.0f} {'' if share is None else f'{share:.2%}':>8} "
+                f"{window.idle_waits} of {window.waits}",
                 flush=True,
             )
+    return failures
 
 
 def steps(
@@ -235,27 +303,45 @@ def steps(
     weights: Weights,
     rates: floors.Rates,
     emit: Callable[[dict[str, Any]], None],
-) -> None:
+) -> int:
+    """How many failed."""
+    failures = 0
     model = shapes.config(arguments.shape)
     middle, end = arguments.prompt + arguments.new // 2, arguments.prompt + arguments.new
     device = arguments.device
-    choices = [registry.choose("auto", device, batch_invariant=invariant) for invariant in (True, False)]
-    choices = choices[: 1 if choices[0] == choices[1] else 2]
-    for backends in choices:
+    ways = [(registry.choose("auto", device), False)]
+    if device == "cuda":
+        ways.append((registry.choose("auto", device), True))
+        ways.append((registry.choose("auto", device, batch_invariant=False), False))
+        if registry.why_not_on("draw", "cuda", device) is None:
+            ways.append((registry.choose({"draw": "cuda"}, device), False))
+    for backends, dependent in ways:
         measured = decode_step.make(model, weights, backends, end + 1)
+        name = f"{backends['linear']} {backends['draw']}{' dep.' if dependent else ''}"
         for batch in arguments.batch:
-            row = measured(batch, middle, rates, seconds=arguments.seconds)
-            emit({**row, "shape": arguments.shape, "dtype": arguments.dtype})
+            more = {"shape": arguments.shape, "dtype": arguments.dtype, "dependent_launch": dependent}
+            try:
+                with dependent_launch(dependent):
+                    row = measured(batch, middle, rates, seconds=arguments.seconds)
+            except Exception as error:
+                failures += 1
+                words = in_words(error)
+                emit({"bench": "step", "batch": batch, "backends": backends, **more, "error": words})
+                print(f"{batch:5} {'step, ' + name:20} FAILED: {words}", flush=True)
+                harness.synchronize(device)
+                continue
+            emit({**row, **more})
             print(
-                f"{batch:5} {'step, linear ' + backends['linear']:20} {row['tokens_per_s']:10,.0f} "
+                f"{batch:5} {'step, ' + name:20} {row['tokens_per_s']:10,.0f} "
                 f"{row['us']:9.0f} {row['floor_us']:9.0f} {row['of_floor']:6.1%} {row['predicted_us']:9.0f} "
                 f"   budget {row['budget_us']:.2f} us ({row['budget_us_low']:.2f} to "
                 f"{row['budget_us_high']:.2f}), {row['budget_share']:.2%}",
                 flush=True,
             )
+    return failures
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -290,9 +376,9 @@ def main(argv: list[str] | None = None) -> None:
         f"{'predicted':>9} {'graphs':>8} waits idle",
         flush=True,
     )
-    steps(arguments, weights, rates, emit)
-    windows(arguments, weights, rates, emit)
+    failures = steps(arguments, weights, rates, emit) + windows(arguments, weights, rates, emit)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -139,14 +139,19 @@ def embedding(rows: int, hidden: int, *, size: int = 2) -> Work:
 # ---- a decode step ----
 
 
-def layer(config: ModelConfig, rows: int, context: int, *, size: int = 2) -> dict[str, Work]:
-    """The ops of one layer of a decode step of `rows` rows that have `context` keys each."""
+def layer(
+    config: ModelConfig, rows: int, context: int, *, size: int = 2, kv_size: int = 0
+) -> dict[str, Work]:
+    """The ops of one layer of a decode step of `rows` rows that have `context` keys each. kv_size: bytes of a
+    key's or value's element, 0 as the weights'.
+    """
+    kv_size = kv_size or size
     hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_heads
     kv_heads, dim = config.num_kv_heads, config.head_dim
     return {
         "linear qkv": linear(rows, hidden, (heads + 2 * kv_heads) * dim, bias=True, size=size, out_size=size),
-        "rope": rope(rows, heads, kv_heads, dim, size=size, kv_size=size),
-        "paged_attention": attention_decode(rows, context, heads, kv_heads, dim, size=size, kv_size=size),
+        "rope": rope(rows, heads, kv_heads, dim, size=size, kv_size=kv_size),
+        "paged_attention": attention_decode(rows, context, heads, kv_heads, dim, size=size, kv_size=kv_size),
         "linear o": linear(rows, heads * dim, hidden, size=size, out_size=size),
         "rms_norm": rms_norm(rows, hidden, size=size).times(2),
         "linear gate_up": linear(rows, hidden, 2 * inner, size=size, out_size=size),
@@ -155,11 +160,12 @@ def layer(config: ModelConfig, rows: int, context: int, *, size: int = 2) -> dic
     }
 
 
-def decode_step(config: ModelConfig, rows: int, context: int, *, size: int = 2) -> dict[str, Work]:
+def decode_step(
+    config: ModelConfig, rows: int, context: int, *, size: int = 2, kv_size: int = 0
+) -> dict[str, Work]:
     """All ops of a decode step; those of the layers counted for all layers together."""
-    step = {
-        name: work.times(config.num_layers) for name, work in layer(config, rows, context, size=size).items()
-    }
+    one = layer(config, rows, context, size=size, kv_size=kv_size)
+    step = {name: work.times(config.num_layers) for name, work in one.items()}
     step["decode_inputs"] = decode_inputs(rows)
     step["embedding"] = embedding(rows, config.hidden_size, size=size)
     step["linear lm_head"] = linear(rows, config.hidden_size, config.vocab_size, size=size, out_size=FLOAT32)
@@ -176,13 +182,14 @@ def total(step: dict[str, Work]) -> Work:
     )
 
 
-def step_floor_us(config: ModelConfig, rows: int, context: int, rates: Rates, *, size: int = 2) -> float:
-    return floor_us(total(decode_step(config, rows, context, size=size)), rates)
+def step_floor_us(config: ModelConfig, rows: int, context: int, rates: Rates, **sizes: int) -> float:
+    """sizes: size and kv_size of `layer`."""
+    return floor_us(total(decode_step(config, rows, context, **sizes)), rates)
 
 
-def step_predicted_us(config: ModelConfig, rows: int, context: int, rates: Rates, *, size: int = 2) -> float:
+def step_predicted_us(config: ModelConfig, rows: int, context: int, rates: Rates, **sizes: int) -> float:
     """The ops one after the other."""
-    return sum(predicted_us(work, rates) for work in decode_step(config, rows, context, size=size).values())
+    return sum(predicted_us(work, rates) for work in decode_step(config, rows, context, **sizes).values())
 
 
 # ---- the document ----

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from decode_window import decode_window, make_engine, random_weights
+from decode_window import decode_window, make_engine, random_weights, warm
 
 from elastic_decode import Budget, EngineConfig
 from peers import Setting
@@ -41,5 +41,5 @@ def decode(setting: Setting) -> Iterator[tuple[int, float]]:
         )
         with make_engine(setting.shape, weights, config) as engine:
             prompts = setting.prompts(batch)
-            decode_window(engine, prompts, setting.new, policy)
+            warm(engine, batch, setting.prompt + setting.new)
             yield batch, decode_window(engine, prompts, setting.new, policy).tokens_per_s

@@ -50,6 +50,8 @@ def test_a_step_of_the_distilled_model_reads_its_weights_once():
     longer = floors.total(floors.decode_step(config, 8, 1600)).bytes
     shorter = floors.total(floors.decode_step(config, 8, 800)).bytes
     assert longer - shorter == 8 * 800 * 28672 + 28 * 8 * 50 * 4
+    half = floors.total(floors.decode_step(config, 8, 1600, kv_size=1)).bytes
+    assert longer - half == 8 * 1601 * 28672 / 2  # its own key and value are written
     flops = floors.total(floors.decode_step(config, 7, 0)).flops
     assert flops == 7 * 2 * weights
     assert floors.step_floor_us(config, 1, 0, ROUND) == pytest.approx(linears / 1e6, rel=1e-2)

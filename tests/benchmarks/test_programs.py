@@ -72,6 +72,7 @@ def test_decode(tmp_path, monkeypatch, capsys):
         assert row["engine_tokens_per_s"] > 0
         assert row["of_floor"] == pytest.approx(row["floor_us"] / row["step_us"], rel=0.1, abs=0.002)
         assert row["waits"] > 0
+        assert row["recorded_meanwhile"] == 0
         assert row["graph_share"] is None  # nothing is recorded on the CPU
     assert "copy" in capsys.readouterr().out
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from elastic_decode import Engine, EngineConfig, SamplingParams, budgets
+from elastic_decode.kernels import gpu
 
 CASES = (
     "qwen2-tied",
@@ -53,17 +54,31 @@ def test_greedy_tokens_equal_hugging_face_and_the_cpu(case, target, helpers):
     assert ties <= 2
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_no_way_to_launch_changes_a_bit(dtype, target, flights, model):
-    """Graphs on and off, horizons, batches, chunks, pages: tokens, logprobs, reasons are the same."""
-    if dtype == "float16" and not target.real:
-        pytest.skip("the CPU's kernels have no float16")
+@pytest.mark.parametrize(
+    ("dtype", "kernels"),
+    [
+        ("float32", "default"),
+        ("bfloat16", "default"),
+        ("float16", "default"),
+        ("bfloat16", "launched early"),
+        ("bfloat16", "CUDA C++"),
+    ],
+)
+def test_no_way_to_launch_changes_a_bit(dtype, kernels, target, flights, model):
+    """Graphs on and off, horizons, batches, chunks, pages, kernels launched before those ahead of them end:
+    tokens, logprobs, reasons are the same.
+    """
+    if not target.real and (dtype == "float16" or kernels != "default"):
+        pytest.skip("of the GPU's kernels only")
     wanted = flights.requests(random.Random(5), target.pick(40, 12))
-    with target.engine(model, dtype=dtype, horizon=1, max_batch=16) as engine:
+    options = {"dtype": dtype, "max_batch": 16, "backend": "cuda" if kernels == "CUDA C++" else "auto"}
+    with target.engine(model, **options, horizon=1) as engine:
         expected = flights.decode_all(engine, wanted)
     assert any(forced for completions in expected for one in completions for forced in one[3])
+    if kernels == "launched early":
+        target.patch.setattr(gpu, "DEPENDENT_LAUNCH", True)
     for way in WAYS:
-        with target.engine(model, dtype=dtype, **{"max_batch": 16, **way}) as engine:
+        with target.engine(model, **{**options, **way}) as engine:
             found = flights.decode_all(engine, wanted)
         different = [i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b]
         assert not different, f"{way}: requests {different} differ"
