@@ -217,6 +217,12 @@ def add_engine(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     group.add_argument(
         "--no-prefix-cache", action="store_true", help="do not reuse KV pages of equal prompt beginnings"
     )
+    group.add_argument(
+        "--no-cuda-graphs", action="store_true", help="launch each kernel instead of replaying recorded steps"
+    )
+    group.add_argument(
+        "--no-batch-invariant", action="store_true", help="allow kernels whose bits depend on the batch"
+    )
 
 
 def backend(text: str) -> str | dict[str, str]:
@@ -239,6 +245,8 @@ def engine_of(arguments: argparse.Namespace) -> EngineConfig:
         prefill_tokens=arguments.prefill_tokens,
         backend=arguments.backend,
         prefix_cache=False if arguments.no_prefix_cache else None,
+        cuda_graphs=not arguments.no_cuda_graphs,
+        batch_invariant=not arguments.no_batch_invariant,
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -129,6 +129,8 @@ class BatchState:
             **dict(zip(_INTS, self._ints, strict=True)), **dict(zip(_FLOATS, self._floats, strict=True))
         )
         self._growths = 0
+        self._machine = Machine(self.state, self.programs, self._pool.tensor)
+        self._shown: tuple[Any, ...] = (-1, (), None)  # what `table` was last made from, and the table
         self._automaton_of: dict[int, object] = {}
         self._admitted: dict[int, np.ndarray] = {}  # packed rows to write
         self._finished: set[int] = set()
@@ -139,11 +141,16 @@ class BatchState:
 
     @property
     def machine(self) -> Machine:
-        return Machine(self.state, self.programs, self._pool.tensor)
+        if self._machine.automata is not self._pool.tensor:
+            self._machine = Machine(self.state, self.programs, self._pool.tensor)
+        return self._machine
 
     @property
     def table(self) -> SamplingTable:
         """The parameters, without those that no row in use has: a step then spends nothing on them."""
+        if self._shown[:2] == (self._growths, self.options):
+            shown: SamplingTable = self._shown[2]
+            return shown
         table = self._table
         if not self._banned:
             table = table._replace(ban_ids=table.ban_ids[:, :0])
@@ -151,6 +158,7 @@ class BatchState:
             table = table._replace(bias_ids=table.bias_ids[:, :0], bias_values=table.bias_values[:, :0])
         if not self._penalised:
             table = table._replace(output_counts=None, prompt_mask=None)
+        self._shown = (self._growths, self.options, table)
         return table
 
     @property

@@ -88,6 +88,7 @@ class DecodeLoop:
         # The same memory every step: recorded steps name it, and at a large vocabulary a new one costs page
         # faults.
         self._logits = torch.empty((slots, batch.vocab_size), dtype=torch.float32, device=on)
+        self._inputs_of: dict[int, StepInputs] = {}  # by rows, where steps are not recorded
         self._recordings = Recordings()
         self.steps = 0
 
@@ -177,15 +178,13 @@ class DecodeLoop:
         rows, width = len(sequences), self._pool.pages_for(longest)
         slots = [sequence.slot for sequence in sequences]
         if not device.graphs:
+            inputs = self._inputs_of.get(rows)
+            if inputs is None:
+                inputs = self._inputs_of[rows] = self._new_inputs(self._arange[:rows], None)
             shared = None if groups is None else SharedPrefixes(*map(device.upload, groups.rows(rows)))
-            inputs = self._new_inputs(device.upload(slots), shared)
-
-            def begin() -> None:
-                inputs.page_table = batch.page_table[:, :width].index_select(0, inputs.slots)
-
-            device.launch(begin)
+            device.launch(partial(self._begin, inputs, device.upload(slots), width, shared))
             work = partial(self._step, inputs, batch.table, batch.machine)
-            return lambda: device.launch(work)
+            return partial(device.launch, work)
         rows, width = (
             _rows_bucket(rows, batch.num_slots),
             self._width_bucket(width, batch.page_table.shape[1]),
@@ -203,6 +202,13 @@ class DecodeLoop:
 
         device.launch(refresh)
         return lambda: device.replay(recorded.step)
+
+    def _begin(
+        self, inputs: StepInputs, slots: torch.Tensor, width: int, shared: SharedPrefixes | None
+    ) -> None:
+        """A flight's own tensors take the places of the last one's of as many rows."""
+        inputs.slots, inputs.shared = slots, shared
+        inputs.page_table = self._batch.page_table[:, :width].index_select(0, slots)
 
     def _recorded(self, rows: int, width: int, shared: bool) -> _Recorded:
         """The recorded step of this shape, recorded now if there is none that fits."""

@@ -58,17 +58,23 @@ class Staging:
         self._free.setdefault(len(buffer), []).append(buffer)
 
 
-class Download:
+class Download(Protocol):
     """Copies of device tensors on their way to the host."""
-
-    def __init__(self, device: Device, event: Event, buffers: list[torch.Tensor], views: list[Any]) -> None:
-        self._device, self._event, self._buffers, self._views = device, event, buffers, views
 
     def read(self, then: Callable[[list[np.ndarray]], Any], *, queued_behind: bool) -> Any:
         """`then` of the arrays, once they are there; they are not to be kept. Waits if need be.
 
         queued_behind: whether the device has work after this copy, so that it does not stand idle meanwhile.
         """
+
+
+class _Copies:
+    """A Download through staging buffers."""
+
+    def __init__(self, device: Device, event: Event, buffers: list[torch.Tensor], views: list[Any]) -> None:
+        self._device, self._event, self._buffers, self._views = device, event, buffers, views
+
+    def read(self, then: Callable[[list[np.ndarray]], Any], *, queued_behind: bool) -> Any:
         self._device.count_wait(queued_behind)
         self._event.wait()
         result = then([view.numpy() for view in self._views])
@@ -100,7 +106,7 @@ class Device(ABC):
 
     @abstractmethod
     def record(self, work: Work) -> Work:
-        """What to `replay` to do `work` again on the same tensors. `work` may be run once or more here."""
+        """What to `replay` to do `work` again on the same tensors. Within `at_work`; `work` may run here."""
 
     def replay(self, recorded: Work) -> None:
         """Enqueue recorded work."""
@@ -141,7 +147,7 @@ class Device(ABC):
         self.launch(copy)
         event = self.record_event()
         self.staging.mark(event)
-        return Download(self, event, buffers, views)
+        return _Copies(self, event, buffers, views)
 
     def count_wait(self, queued_behind: bool) -> None:
         self.waits += 1
@@ -157,6 +163,17 @@ class _Passed:
 
     def wait(self) -> None:
         pass
+
+
+class _Here:
+    """A Download of tensors that are on the host; nothing is launched before it is read."""
+
+    def __init__(self, device: Device, tensors: Sequence[torch.Tensor]) -> None:
+        self._device, self._tensors = device, tensors
+
+    def read(self, then: Callable[[list[np.ndarray]], Any], *, queued_behind: bool) -> Any:
+        self._device.count_wait(queued_behind)
+        return then([tensor.numpy() for tensor in self._tensors])
 
 
 class HostDevice(Device):
@@ -176,6 +193,12 @@ class HostDevice(Device):
 
     def record(self, work: Work) -> Work:
         return work
+
+    def upload(self, values: Sequence[int] | np.ndarray, dtype: type = np.int32) -> torch.Tensor:
+        return torch.from_numpy(np.array(values, dtype=dtype))  # a copy: the caller's may change
+
+    def download(self, tensors: Sequence[torch.Tensor]) -> Download:
+        return _Here(self, tensors)
 
 
 class CudaDevice(Device):
@@ -205,9 +228,13 @@ class CudaDevice(Device):
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # Other threads (a trainer's data loader) may go on allocating during the capture.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"):
+        # Not `with torch.cuda.graph(...)`, which waits for the device and collects garbage each time. Other
+        # threads (a trainer's data loader) may go on allocating during the capture.
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
             work()
+        finally:
+            graph.capture_end()
         return graph.replay
 
     @contextmanager

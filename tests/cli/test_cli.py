@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import subprocess
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from elastic_decode import EngineConfig
 from elastic_decode.assets import tiny_model_path
-from elastic_decode.cli import main
+from elastic_decode.cli import main, options
 from elastic_decode.kernels.registry import OPS
 
 FAST = ["--dtype", "float32", "--max-model-len", "128", "--kv-memory", "16MiB"]
@@ -327,3 +329,12 @@ def test_the_console_script_ends_with_the_exit_code():
     )
     assert done.returncode == 1
     assert "nothing to do" in done.stderr
+
+
+def test_engine_flags_reach_the_configuration():
+    parser = argparse.ArgumentParser()
+    options.add_engine(parser)
+    flags = ["--horizon", "8", "--no-cuda-graphs", "--no-batch-invariant", "--backend", "linear=torch"]
+    expected = EngineConfig(horizon=8, cuda_graphs=False, batch_invariant=False, backend={"linear": "torch"})
+    assert options.engine_of(parser.parse_args(flags)) == expected
+    assert options.engine_of(parser.parse_args([])) == EngineConfig()

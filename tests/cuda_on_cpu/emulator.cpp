@@ -263,11 +263,19 @@ void run_block(int threads, std::vector<int>& order) {
     fiber.groups.clear();
     s.warps[at / kLanes].alive |= 1u << at % kLanes;
   }
+  // Some warps stand still for a while, so that the others get far ahead of them, if nothing holds those.
+  std::uint64_t held = 0;
+  int rounds = 0;
   while (s.alive > 0) {
     bool moved = false;
     shuffle(order);
+    if (s.seed != 0 && rounds-- == 0) {
+      held = random_bits();
+      rounds = static_cast<int>(random_bits() % 64);
+    }
     for (const int t : order) {
       Fiber& fiber = *s.fibers[static_cast<std::size_t>(t)];
+      if (held >> t / kLanes & 1u) continue;
       if (fiber.done || (fiber.waits_for && fiber.waits_for->generation == fiber.generation)) continue;
       moved = true;
       s.running = &fiber;
@@ -275,10 +283,11 @@ void run_block(int threads, std::vector<int>& order) {
       to_fiber(fiber);
       if (!s.error.empty()) return;
     }
-    if (!moved) {
+    if (!moved && held == 0) {
       s.error = deadlock(threads);
       return;
     }
+    if (!moved) held = 0;
   }
 }
 
