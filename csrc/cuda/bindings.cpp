@@ -121,9 +121,44 @@ static void bind_budget(py::module_& m) {
   });
 }
 
+static void bind_paged_attention(py::module_& m) {
+  m.attr("SPLIT") = elastic_decode::cuda::kSplit;
+  m.def("paged_attention",
+        [](Address q, Address k_cache, Address v_cache, Address page_table, Address seq_lens,
+           Address query_start, Address out, Address partial_out, Address partial_sums,
+           std::int64_t table_stride, std::int32_t num_tokens, std::int32_t num_rows, std::int32_t num_heads,
+           std::int32_t num_kv_heads, std::int32_t page_size, std::int32_t num_splits, std::int32_t pass,
+           std::int32_t window, float scale, std::int32_t num_processors, bool overlap, int head_dim,
+           bool bfloat16, bool float8, Address stream) {
+          elastic_decode::cuda::paged_attention({as<void>(q),
+                                                 as<void>(k_cache),
+                                                 as<void>(v_cache),
+                                                 as<std::int32_t>(page_table),
+                                                 as<std::int32_t>(seq_lens),
+                                                 as<std::int32_t>(query_start),
+                                                 as<void>(out),
+                                                 as<float>(partial_out),
+                                                 as<float>(partial_sums),
+                                                 table_stride,
+                                                 num_tokens,
+                                                 num_rows,
+                                                 num_heads,
+                                                 num_kv_heads,
+                                                 page_size,
+                                                 num_splits,
+                                                 pass,
+                                                 window,
+                                                 scale,
+                                                 num_processors,
+                                                 overlap},
+                                                head_dim, bfloat16, float8, stream);
+        });
+}
+
 void bind_cuda(py::module_& m) {
   m.doc() = "CUDA kernels; each call enqueues work on a stream";
   m.def("device_count", &elastic_decode::cuda::device_count);
   bind_draw(m);
   bind_budget(m);
+  bind_paged_attention(m);
 }
