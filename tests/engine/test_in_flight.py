@@ -178,6 +178,35 @@ def comparable(completion) -> tuple:
     )
 
 
+def watch_writes(decoder) -> None:
+    """Fail when a step, at the time it runs, writes anywhere but at its row's own next positions."""
+    forward = decoder.forward
+
+    def watched(ids, batch, kv_pages, *, rows=None):
+        page_size = kv_pages[0][0].shape[1]
+        starts, lengths = batch.query_start.tolist(), batch.seq_lens.tolist()
+        tables = [
+            table[: -(-length // page_size)]
+            for table, length in zip(batch.page_table.tolist(), lengths, strict=True)
+        ]
+        slots, positions = batch.slot_mapping.tolist(), batch.positions.tolist()
+        for row, length in enumerate(lengths):
+            others = {page for other, table in enumerate(tables) if other != row for page in table}
+            for token in range(starts[row], starts[row + 1]):
+                if length == 0:
+                    assert slots[token] == -1, "an idle row writes"
+                    continue
+                page, offset = divmod(slots[token], page_size)
+                assert positions[token] == length - starts[row + 1] + token
+                assert page * page_size + offset >= 0
+                assert page == tables[row][positions[token] // page_size]
+                assert offset == positions[token] % page_size
+                assert page not in others, "a page that another row reads is written"
+        return forward(ids, batch, kv_pages, rows=rows)
+
+    decoder.forward = watched
+
+
 @pytest.fixture
 def late(scripted, monkeypatch) -> Callable[..., tuple[Engine, LateDevice]]:
     """`late(seed, graphs=…, **EngineConfig)` -> an engine of the scripted model on a LateDevice."""
@@ -187,7 +216,9 @@ def late(scripted, monkeypatch) -> Callable[..., tuple[Engine, LateDevice]]:
         monkeypatch.setattr(engine_build, "open_device", lambda name, graphs: device)
         # The narrowest recorded page table, so that these short runs meet several.
         monkeypatch.setattr(decode_loop, "SHORTEST", 16)
-        return scripted(script, **options).engine, device
+        made = scripted(script, **options)
+        watch_writes(made.decoder)
+        return made.engine, device
 
     return make
 
