@@ -182,7 +182,10 @@ def check(
         return registry.implementation(op, backend, name)
 
     try:
-        findings.extend(checks(use, shapes, Random(device), batch_invariant))
+        with torch.device(
+            "cpu"
+        ):  # what is made without a device is the host's, whatever the caller's default
+            findings.extend(checks(use, shapes, Random(device), batch_invariant))
     except Exception as error:  # whatever it is, this op cannot be used here: the caller is told
         problem = f"{type(error).__name__}: {error}".split("\n")[0]
     worst = max(findings, key=lambda finding: (not finding.ok, finding.share), default=None)

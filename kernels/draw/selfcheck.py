@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import torch
 
 from ..budget import reference as budget
-from ..budget.layout import State
+from ..budget.layout import AutomatonWord, State
 from ..budget.testing import random_tables
 from ..sample import SamplingTable
 from ..sample.selfcheck import SLOTS, make_options
 from ..selfcheck import Finding, Random, Shapes, Use, same, within
 from . import Machine, Ring, make_ring, reference
 
-STEPS = 4
+STEPS = 3
 
 
 class Tables(NamedTuple):
@@ -59,11 +59,16 @@ def checks(use: Use, shapes: Shapes, random: Random, batch_invariant: bool) -> I
                 each.machine.state[order[-1], State.END_REQUESTED] = 1
             wanted = tables.draws(rng, want.machine.state, rows).tolist()
             logits = 2 * random.normal(len(rows), shapes.vocab_size)
-            for row, token in enumerate(wanted):  # mostly what moves the machine; else nothing to draw
+            for row, (slot, token) in enumerate(zip(rows, wanted, strict=True)):
+                if slot < 0:
+                    continue
+                # Drawn from what the program knows, so that the row goes on; else nothing can be drawn.
+                known = tables.machines[slot].words[AutomatonWord.VOCAB_SIZE]
+                logits[row, :known] += 14
                 if token < 0:
                     logits[row, row] = math.nan
-                elif row % 4 < 3:
-                    logits[row, token % shapes.vocab_size] = 25.0
+                elif row % 4 == 0:
+                    logits[row, token % shapes.vocab_size] = 40.0  # what moves the machine
             slots = random.ints(rows)
             positions = random.ints([100 + 11 * row + step for row in range(len(rows))])
             reference.draw(logits.cpu(), slots.cpu(), positions.cpu(), *want)

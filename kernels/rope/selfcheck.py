@@ -14,6 +14,7 @@ def checks(use: Use, shapes: Shapes, random: Random, batch_invariant: bool) -> I
     rope = use()
     heads, kv_heads, dim, size = shapes.num_heads, shapes.num_kv_heads, shapes.head_dim, shapes.page_size
     qkv = random.normal(TOKENS, (heads + 2 * kv_heads) * dim, dtype=shapes.dtype)
+    qkv[1::5] *= shapes.eps**0.5  # where eps matters
     if shapes.kv_dtype == torch.float8_e4m3fn:
         qkv[::3, -dim:] *= 2 * FLOAT8_MAX  # the values of the last head saturate
     angles = torch.arange(POSITIONS, device=random.device)[:, None] * random.normal(dim // 2)

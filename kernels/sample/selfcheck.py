@@ -28,21 +28,25 @@ SLOTS: tuple[dict[str, float], ...] = (
 
 
 def make_options(shapes: Shapes, random: Random, *, penalties: bool) -> SamplingTable:
-    """A table of SLOTS, with bans and a bias in every slot; bans act where ban_until says."""
+    """A table of SLOTS: without room for bans and biases, as an engine's is until a request has some; or with
+    them and penalties, where bans act as ban_until says."""
     vocab = shapes.vocab_size
-    table = make_table(len(SLOTS), num_ban_ids=3, num_bias=2, device=random.device)
+    bans, biases = (3, 2) if penalties else (0, 0)
+    table = make_table(len(SLOTS), num_ban_ids=bans, num_bias=biases, device=random.device)
     for slot, options in enumerate(SLOTS):
         for name, value in options.items():
             getattr(table, name)[slot] = value
         table.seed[slot] = (slot * 0x9E3779B97F4A7C15 + 12345) % 2**63
         table.sample_index[slot] = slot % 3
+        if not penalties:
+            continue
         table.ban_ids[slot] = random.ints([slot % vocab, 3 * slot % vocab, -1])
-        if slot % 4 == 3:
-            table.bias_ids[slot] = random.ints([7 * slot % vocab, -1])
-            table.bias_values[slot] = 2.5
+        if slot % 3 == 1:
+            table.bias_ids[slot] = random.ints([-1, 7 * slot % vocab])
+            table.bias_values[slot] = 6
     if penalties:
-        counts = (random.normal(len(SLOTS), vocab).abs() > 2).int() * 3
-        mask = (random.normal(len(SLOTS), vocab).abs() > 2).to(torch.uint8)
+        counts = (random.normal(len(SLOTS), vocab).abs() > 1).int() * 3
+        mask = (random.normal(len(SLOTS), vocab).abs() > 1).to(torch.uint8)
         table = table._replace(output_counts=counts, prompt_mask=mask)
     return table
 
@@ -57,6 +61,10 @@ def checks(use: Use, shapes: Shapes, random: Random, batch_invariant: bool) -> I
     order = [*range(count - 1, 2, -1), -1, *range(3)]
     slots, positions = random.ints(order), random.ints([100 + 7 * row for row in range(len(order))])
     logits = logits[[slot % (count + 1) for slot in order]]
+    for row, slot in enumerate(order):
+        if slot >= count - 2:
+            continue
+        logits[row, 7 * slot % shapes.vocab_size] = 8.0  # so that a bias there matters
     for penalties in (False, True):
         table = make_options(shapes, random, penalties=penalties)
 
@@ -70,7 +78,7 @@ def checks(use: Use, shapes: Shapes, random: Random, batch_invariant: bool) -> I
             sample(part, slots[rows], positions[rows], table, out=out)
             return out
 
-        name = "with penalties" if penalties else "plain"
+        name = "with penalties, bans, bias" if penalties else "plain"
         out = run(slice(None))
         exact = reference.sample(logits, slots, positions, table)
         yield Finding(f"{name}: tokens", _worst_draw(logits, order, positions, table, out, exact), NEAR_TIE)

@@ -223,6 +223,67 @@ def test_a_machine_that_forgets_a_state_word_is_found(breaking):
         assert not outcome.ok
 
 
+IGNORED = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "seed": 0,
+    "sample_index": 0,
+    "repetition": 1.0,
+    "presence": 0.0,
+    "frequency": 0.0,
+    "ban_until": 0,
+    "bias_values": 0.0,
+    "prompt_mask": 0,
+}
+
+
+@pytest.mark.parametrize("field", IGNORED)
+@pytest.mark.parametrize("op", ["sample", "draw"])
+def test_an_option_that_is_ignored_is_found(op, field, breaking):
+    def wrap(op: str, name: str | None, function: Callable[..., Any]) -> Callable[..., Any]:
+        def broken(*arguments: Any, **options: Any) -> None:
+            given = list(arguments)
+            value = getattr(given[3], field)
+            if value is not None:
+                given[3] = given[3]._replace(**{field: torch.full_like(value, IGNORED[field])})
+            function(*given, **options)
+
+        return broken
+
+    breaking(wrap)
+    for vocab in (SMALL.vocab_size, 20_011):
+        assert not check(op, "cpu", SMALL._replace(vocab_size=vocab), CPU).ok, vocab
+
+
+@pytest.mark.parametrize(
+    ("op", "changes"),
+    [
+        ("linear", {2: None}),  # the bias
+        ("rms_norm", {"residual": None}),
+        ("rms_norm", {2: 1e-5}),  # eps
+        ("rope", {"q_weight": None}),
+        ("rope", {"k_weight": None}),
+        ("rope", {"eps": 1e-5}),
+        ("paged_attention", {"window": None}),
+        ("paged_attention", {"window": 64}),
+        ("paged_attention", {"scale": 0.2}),
+    ],
+)
+def test_an_argument_that_is_ignored_is_found(op, changes, breaking):
+    def wrap(op: str, name: str | None, function: Callable[..., Any]) -> Callable[..., Any]:
+        def broken(*arguments: Any, **options: Any) -> None:
+            given = [changes.get(i, value) for i, value in enumerate(arguments)]
+            function(*given, **options | {k: v for k, v in changes.items() if isinstance(k, str)})
+
+        return broken
+
+    breaking(wrap)
+    for kind in ("float32", "bfloat16"):
+        assert not check(op, "cpu", SMALL._replace(**KINDS[kind]), CPU).ok, kind
+
+
 def test_an_exception_is_the_outcomes_problem(breaking):
     def wrap(op: str, name: str | None, function: Callable[..., Any]) -> Callable[..., Any]:
         def broken(*arguments: Any, **options: Any) -> None:
@@ -254,6 +315,13 @@ def test_without_invariance_only_closeness_is_asked(breaking):
     for op in ("linear", "paged_attention"):
         assert not check(op, "cpu", SMALL, CPU).ok
         assert check(op, "cpu", SMALL, CPU, batch_invariant=False).ok
+
+
+def test_the_callers_default_device_is_left_alone():
+    with torch.device("meta"):
+        for op in OPS:
+            assert check(op, "cpu", SMALL, CPU).ok
+        assert torch.empty(1).device.type == "meta"
 
 
 def test_the_callers_random_numbers_are_left_alone():
