@@ -18,6 +18,7 @@ whatever its n is, and tcgen05.mma also for 64 and 128 rows. tests/kernels/test_
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -97,6 +98,7 @@ WIDE_TOKENS = 256
 SPREAD_TOKENS = 512  # from more tokens on, reading and writing partial sums costs more than it gains
 
 
+@cache
 def splits(outputs: int, inputs: int, arch: int) -> tuple[int, int]:
     """How many splits K is cut into, and their length (the last may be shorter).
 

@@ -41,10 +41,17 @@ def test_one_kind_of_instruction_for_any_batch(arch: int) -> None:
                 hints[(place,)] = [["tt.divisibility", 16]]
         source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=hints)
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-        found = set(ANY.findall(compiled.asm["ptx"]))
+        ptx = compiled.asm["ptx"]
+        found = set(ANY.findall(ptx))
         assert found, name
         assert all(re.fullmatch(KINDS[arch], one) for one in found), (name, found)
         seen.add(tile)
+        if constants["SPREAD"]:
+            # Every thread has stored its sums when one counts the program in; none reads before that.
+            before, _, after = ptx.partition("atom.global.gpu.acq_rel.add")
+            assert "bar.sync" in before[before.rindex("st.global") :], name
+            assert "bar.sync" in after[: after.index("ld.global.cg")], name
+            assert "atom." not in after
     tokens = (1, 17, 65, 256, 257, 2048)
     tiles = [plan(n, rows, 1536, torch.bfloat16, arch).tile for n in tokens for rows in (1536, 17920)]
     assert seen == {tile[:2] for tile in tiles}
