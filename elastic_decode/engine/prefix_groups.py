@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from elastic_decode.engine.sequence import Sequence
 
-WORTHWHILE = 256  # shared positions: less than attention's unit of keys saves no reading
+WORTHWHILE = 128  # shared positions: Triton's split of the keys; less saves no reading
 
 
 @dataclass(frozen=True, slots=True)
