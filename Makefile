@@ -81,10 +81,11 @@ GPU_PYTHON = $(if $(SYSTEM),PYTHONPATH=$(CURDIR)/build/path:$(CURDIR)/benchmarks
 	PYTHONPATH=$(CURDIR)/benchmarks $(BIN)/python)
 WHAT ?= ops decode peers
 
-# CUDA sources for the GPU that is there: a third of the time for all that are supported.
+# CUDA sources for the GPU that is there: a third of the time for all that are supported. --force links anew (what is
+# compiled already is kept): an extension built without CUDA is as new as its sources, too.
 FOR_THIS_GPU = ELASTIC_DECODE_CUDA=1 ELASTIC_DECODE_CUDA_ARCHS="$${ELASTIC_DECODE_CUDA_ARCHS:-$$($(1) -c \
 	'import torch; print(*torch.cuda.get_device_capability(), sep="")' 2>/dev/null || echo 80 90 100)}" \
-	$(1) setup.py -q build_ext --inplace
+	$(1) setup.py -q build_ext --inplace --force
 BUILD_IN_PLACE = mkdir -p build/path && ln -sfn ../../elastic_decode build/path/elastic_decode && \
 	$(call FOR_THIS_GPU,$(PYTHON))
 BUILD_IN_VENV = $(MAKE) $(VENV)/.built $(VENV)/.test && $(call FOR_THIS_GPU,$(BIN)/python)
