@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import attention_cases
 import floors
 import harness
 import op_cases
@@ -33,7 +34,7 @@ def selected(arguments: argparse.Namespace, device: torch.device) -> Iterator[op
     tiny = device.type == "cpu"
     shape = "tiny" if tiny else "1.5B"
     batches = arguments.batch or ([1, 3] if tiny else [1, 8, 64, 256])
-    contexts = arguments.context or ([40] if tiny else [512, 2048, 16384])
+    contexts = arguments.context or ([40, 300] if tiny else [512, 2048, 16384])
     ratios = arguments.ratio or ([6] if tiny else list(shapes.HEADS))
     if "draw" in arguments.only:
         few = [rows for rows in batches if rows != 8] or batches
@@ -43,7 +44,8 @@ def selected(arguments: argparse.Namespace, device: torch.device) -> Iterator[op
     if "small" in arguments.only:
         yield from op_cases.small_ops(shape, batches, dtype, device)
     if "attention" in arguments.only:
-        yield from op_cases.attention(batches, contexts, ratios, dtype, device, head_dim=32 if tiny else 128)
+        sizes = {"head_dim": 32, "group": 2, "chunk": 20} if tiny else {}
+        yield from attention_cases.cases(batches, contexts, ratios, dtype, device, **sizes)
 
 
 def rows_of(

@@ -23,9 +23,8 @@ from elastic_decode.kernels.budget.layout import PROGRAM_WORDS, STATE_WORDS, Lab
 from elastic_decode.kernels.draw import Machine, make_ring
 from elastic_decode.kernels.sample import make_table
 
-Contestants = dict[str, list[Call]]
 PAGE = 16
-MOST_CACHE = 16e9  # bytes of keys and values in one case
+Contestants = dict[str, list[Call]]
 
 
 @dataclass
@@ -175,80 +174,6 @@ def small_ops(shape: str, tokens: list[int], dtype: torch.dtype, device: torch.d
         }
         for op, (work, make) in kinds.items():
             yield Case(op, {"tokens": rows}, work, partial(make, rows, copies_for(work.bytes, device)))
-
-
-def attention(
-    batches: list[int],
-    contexts: list[int],
-    ratios: list[int],
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    head_dim: int = 128,
-) -> Iterator[Case]:
-    """Decode: one query a row over pages in random order; SDPA reads the same from contiguous memory."""
-    for ratio in ratios:
-        heads, kv_heads = shapes.HEADS[ratio]
-        for context in contexts:
-            for rows in batches:
-                work = floors.attention_decode(
-                    rows,
-                    context,
-                    heads,
-                    kv_heads,
-                    head_dim,
-                    page_size=PAGE,
-                    size=dtype.itemsize,
-                    kv_size=dtype.itemsize,
-                )
-                size = {"batch": rows, "context": context, "heads": heads, "kv_heads": kv_heads}
-                too_large = work.bytes > MOST_CACHE
-                yield Case(
-                    "paged_attention",
-                    {**size, "head_dim": head_dim, "page_size": PAGE},
-                    work,
-                    partial(_attention, rows, context, heads, kv_heads, head_dim, work.bytes, dtype, device),
-                    f"{work.bytes / 1e9:.0f} GB of keys and values" if too_large else "",
-                )
-
-
-def _attention(
-    rows: int,
-    context: int,
-    heads: int,
-    kv_heads: int,
-    dim: int,
-    nbytes: float,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Contestants:
-    per_row = -(-context // PAGE)
-    query_start = torch.arange(rows + 1, device=device, dtype=torch.int32)
-    seq_lens = torch.full((rows,), context, device=device, dtype=torch.int32)
-    found: Contestants = {backend: [] for backend in ours("paged_attention", device)}
-    found["torch SDPA"] = []
-    for _ in range(copies_for(nbytes, device)):
-        q = torch.randn(rows, heads, dim, device=device, dtype=dtype)
-        cache = torch.randn(2, rows * per_row, PAGE, kv_heads, dim, device=device, dtype=dtype)
-        table = torch.randperm(rows * per_row, device=device).int().view(rows, per_row)
-        for backend in ours("paged_attention", device):
-            run = registry.implementation("paged_attention", backend)
-            arguments = (q, cache[0], cache[1], table, seq_lens, query_start)
-            found[backend].append(
-                partial(run, *arguments, scale=dim**-0.5, window=None, out=torch.empty_like(q))
-            )
-        shape = (rows, kv_heads, per_row * PAGE, dim)
-        k, v = (part.view(shape)[:, :, :context] for part in cache)  # other numbers, the same reads
-        found["torch SDPA"].append(
-            partial(
-                functional.scaled_dot_product_attention,
-                q[:, :, None],
-                k,
-                v,
-                enable_gqa=heads != kv_heads,
-            )
-        )
-    return found
 
 
 OPTIONS: dict[str, dict[str, float]] = {

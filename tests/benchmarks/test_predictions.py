@@ -3,6 +3,8 @@
 import floors
 import pytest
 import shapes
+import torch
+from attention_cases import Size
 from floors import Assumptions, Rates, Work
 
 ROUND = Rates(1e12, 1e14)  # a byte a picosecond, a hundred flops a picosecond
@@ -30,6 +32,21 @@ def test_attention():
     work = floors.attention_decode(2, 17, 4, 2, 8, page_size=16)
     assert work.bytes == 2 * (2 * 2 * 17 * 2 * 8) + 4 * 2 * 2 + 2 * 2 * 2 * 4 * 8
     assert work.flops == 4 * 2 * 17 * 4 * 8
+
+
+def test_attention_of_groups_and_of_prompts():
+    heads = (4, 2, 8)
+    one = floors.attention_decode(4, 48, *heads)
+    # two groups of two that share 32 tokens: 64 keys and values of 2 heads need not be read again
+    grouped = Size(4, 48, *heads, group=2, own=16).work(torch.bfloat16)
+    assert one.bytes - grouped.bytes == 64 * 2 * 2 * 8 * 2
+    assert grouped.flops == one.flops
+    # 3 queries over 48, 47 and 46 keys; two more of them read and two more results written a row
+    prompt = Size(4, 48, *heads, new=3).work(torch.bfloat16)
+    assert prompt.flops == 4 * 4 * (46 + 47 + 48) * 4 * 8
+    assert prompt.bytes - one.bytes == 2 * 2 * 4 * 2 * 4 * 8
+    small = Size(4, 48, *heads, kv_dtype="float8_e4m3fn").work(torch.bfloat16)
+    assert one.bytes - small.bytes == 4 * 48 * 2 * 2 * 8
 
 
 def test_the_larger_of_both_is_the_floor():

@@ -154,6 +154,19 @@ def test_a_peer_that_fails_or_hangs_costs_no_other(monkeypatch, capfd):
     assert "failed: ours\n" in output
 
 
+def test_groups_have_the_same_beginning_and_the_same_results():
+    from attention_cases import Size, make
+
+    size = Size(4, 48, 4, 2, 16, group=2, own=16)
+    found = make(size, torch.float32, torch.device("cpu"))
+    assert set(found) == {"cpu", "cpu, told of groups"}
+    for plain, told in zip(*found.values(), strict=True):
+        assert torch.equal(plain().clone(), told())
+    table = found["cpu"][0].args[3]  # [4, 3] pages: two of each group's are the same
+    assert torch.equal(table[0::2, :2], table[1::2, :2])
+    assert len(table.unique()) == 2 * 2 + 4
+
+
 def test_a_case_that_fails_is_a_row_and_costs_no_other(tmp_path, monkeypatch, capsys):
     import bench_ops
     import op_cases
