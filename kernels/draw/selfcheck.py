@@ -11,7 +11,7 @@ from ..budget import reference as budget
 from ..budget.layout import AutomatonWord, State
 from ..budget.testing import random_tables
 from ..sample import SamplingTable
-from ..sample.selfcheck import SLOTS, make_options
+from ..sample.selfcheck import SLOTS, coarse, make_options
 from ..selfcheck import Finding, Random, Shapes, Use, same, within
 from . import Machine, Ring, make_ring, reference
 
@@ -58,7 +58,7 @@ def checks(use: Use, shapes: Shapes, random: Random, batch_invariant: bool) -> I
             for each in (want, have, alone):
                 each.machine.state[order[-1], State.END_REQUESTED] = 1
             wanted = tables.draws(rng, want.machine.state, rows).tolist()
-            logits = 2 * random.normal(len(rows), shapes.vocab_size)
+            logits = coarse(2 * random.normal(len(rows), shapes.vocab_size))
             for row, (slot, token) in enumerate(zip(rows, wanted, strict=True)):
                 if slot < 0:
                     continue

@@ -27,6 +27,12 @@ SLOTS: tuple[dict[str, float], ...] = (
 )
 
 
+def coarse(logits: torch.Tensor) -> torch.Tensor:
+    """In steps of 1/8: equal logits are kept or dropped together, so that a filter's threshold is hardly ever
+    so near to a token's place that rounding decides (and the lowest of equal ids is asked for)."""
+    return (logits * 8).round() / 8
+
+
 def make_options(shapes: Shapes, random: Random, *, penalties: bool) -> SamplingTable:
     """A table of SLOTS: without room for bans and biases, as an engine's is until a request has some; or with
     them and penalties, where bans act as ban_until says."""
@@ -54,7 +60,7 @@ def make_options(shapes: Shapes, random: Random, *, penalties: bool) -> Sampling
 def checks(use: Use, shapes: Shapes, random: Random, batch_invariant: bool) -> Iterator[Finding]:
     sample = use()
     count = len(SLOTS)
-    logits = 3 * random.normal(count + 1, shapes.vocab_size)
+    logits = coarse(3 * random.normal(count + 1, shapes.vocab_size))
     logits[count - 2, shapes.vocab_size // 2] = math.nan
     logits[count - 1] = -math.inf
     # Rows in an order of their own, so that a row is not its slot; one idles.

@@ -60,10 +60,14 @@ def test_what_is_right_passes(op, backend, kind):
 CUDA_OPS = [op for op in OPS if importlib.util.find_spec(f"elastic_decode.kernels.{op}.cuda") is not None]
 
 
-@pytest.mark.parametrize("op", CUDA_OPS)
-def test_cuda_sources_on_the_cpu_pass(op, cuda_on_cpu):
+@pytest.mark.parametrize(
+    ("op", "kv_dtype"),
+    [*((op, torch.bfloat16) for op in CUDA_OPS), ("paged_attention", torch.float8_e4m3fn)],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+def test_cuda_sources_on_the_cpu_pass(op, kv_dtype, cuda_on_cpu):
     cuda_on_cpu.set_schedule(3)
-    shapes = SMALL._replace(dtype=torch.bfloat16, kv_dtype=torch.bfloat16, vocab_size=2100, head_dim=64)
+    shapes = SMALL._replace(dtype=torch.bfloat16, kv_dtype=kv_dtype, vocab_size=2100, head_dim=64)
     outcome = check(op, "cuda", shapes, CPU)
     assert outcome.ok, outcome.summary()
 
