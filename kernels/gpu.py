@@ -42,9 +42,9 @@ def num_processors(device: torch.device) -> int:
     return _num_processors(torch.cuda.current_device() if device.index is None else device.index)
 
 
-# Whether linear and the small ops in Triton are launched while the kernel before them still runs, and wait
-# there for its results (programmatic dependent launch, sm_90 on). Off until a GPU has shown it right and
-# quicker.
+# Whether linear, attention and the small ops in Triton are launched while the kernel before them still runs,
+# and wait there for its results (programmatic dependent launch, sm_90 on). Off until a GPU has shown it right
+# and quicker.
 DEPENDENT_LAUNCH = False
 
 

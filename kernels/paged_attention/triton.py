@@ -22,6 +22,7 @@ from .triton_rows import attend_kernel, fold_kernel
 from .triton_shared import shared_kernel
 from .triton_tilings import (
     EXACT,
+    FOLD_AHEAD,
     FOLD_HEADS,
     FOLD_OPTIONS,
     SPLIT,
@@ -102,6 +103,7 @@ def paged_attention(
         "num_stages": tile.num_stages,
         **EXACT,
     }
+    dependent = gpu.dependent_launch(q.device)
     shared_splits = seq_lens
     if shared is not None and share:
         shared_splits = torch.empty_like(seq_lens)
@@ -125,6 +127,7 @@ def paged_attention(
             BLOCK_M=wide_tile.rows,
             **sizes,
             **cache,
+            **dependent,
         )
     attend_kernel[(programs_0, num_kv_heads, programs)](
         q,
@@ -149,6 +152,7 @@ def paged_attention(
         SHARED=share,
         **sizes,
         **cache,
+        **dependent,
     )
     if spread:
         fold_kernel[(num_tokens, triton.cdiv(num_heads, FOLD_HEADS))](
@@ -162,7 +166,9 @@ def paged_attention(
             stored,
             WINDOW=window or 0,
             BLOCK_H=FOLD_HEADS,
+            AHEAD=FOLD_AHEAD,
             **sizes,
             **FOLD_OPTIONS,
+            **dependent,
         )
     return out

@@ -9,6 +9,7 @@ from .triton_rows import COUNTS, attend_kernel, fold_kernel
 from .triton_shared import shared_kernel
 from .triton_tilings import (
     EXACT,
+    FOLD_AHEAD,
     FOLD_HEADS,
     FOLD_OPTIONS,
     SPLIT,
@@ -41,10 +42,19 @@ def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
         for variant in variants.split():
             for arch in TILINGS:
                 yield _case(arch, variant, heads, kv_heads, head_dim, dtype, kv)
+    for variant in ("spread+shared", "shared", "fold"):
+        yield _case(90, variant, 12, 2, 128, BF16, BF16, dependent=True)
 
 
 def _case(
-    arch: int, variant: str, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, kv: torch.dtype
+    arch: int,
+    variant: str,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    kv: torch.dtype,
+    dependent: bool = False,
 ) -> tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]:
     group, product = heads // kv_heads, product_dtype(dtype, kv)
     tile = tiling(arch, head_dim, group, product, kv, variant in ("shared", "prefill"))
@@ -72,15 +82,18 @@ def _case(
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
         "BLOCK_H": FOLD_HEADS,
+        "AHEAD": FOLD_AHEAD,
         "QUERIES": tile.rows // group if variant == "prefill" else 1,
         "SPREAD": variant.startswith("spread"),
         "SHARED": variant.endswith("+shared"),
+        "PDL": dependent,
     }
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **EXACT}
+    options: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **EXACT}
+    name = f"{variant} {NAMES[dtype]}-{NAMES[kv]} {heads}/{kv_heads}x{head_dim}"
     return (
-        f"{variant} {NAMES[dtype]}-{NAMES[kv]} {heads}/{kv_heads}x{head_dim} on sm_{arch}",
+        f"{name}{' dependent' if dependent else ''} on sm_{arch}",
         kernel,
         {name: kind for name, kind in types.items() if name in kernel.arg_names},
         {name: value for name, value in constants.items() if name in kernel.arg_names},
-        FOLD_OPTIONS if variant == "fold" else options,
+        {**(FOLD_OPTIONS if variant == "fold" else options), "launch_pdl": dependent},
     )

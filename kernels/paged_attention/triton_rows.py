@@ -54,12 +54,16 @@ def attend_kernel(
     QUERIES: tl.constexpr,  # of a tile
     SPREAD: tl.constexpr,  # splits go to program_id(2); otherwise this program walks and folds them all
     SHARED: tl.constexpr,
+    PDL: tl.constexpr,  # see gpu.dependent_launch; every program waits, also one with nothing to do
 ):
     """Programs 0 … num_rows take the first QUERIES queries of a row, with those past the last row's as one
     row more; the others the rest. Row r's rest begins at query_start[r] // QUERIES: so each has enough
     programs, and their number is bounded by sizes the host knows."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
     BLOCKS: tl.constexpr = SPLIT // BLOCK_N
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
     kv_head = tl.program_id(1)
     first = 0  # query of the row
@@ -109,7 +113,7 @@ def attend_kernel(
                 HEAD_DIM,
                 D_PAD,
                 BLOCK_M,
-                AHEAD=2,
+                AHEAD=4,
             )
     step = 1
     if SPREAD:
@@ -198,8 +202,13 @@ def fold_kernel(
     WINDOW: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    AHEAD: tl.constexpr,  # partial results on their way
+    PDL: tl.constexpr,
 ):
     """A program a token and BLOCK_H heads."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0)
     row = token  # as in decode
     if row < num_rows:
@@ -232,7 +241,7 @@ def fold_kernel(
         HEAD_DIM,
         D_PAD,
         BLOCK_H,
-        AHEAD=4,
+        AHEAD,
     )
     result = acc / tl.where(sums == 0.0, 1.0, sums)[:, None]
     out_at = out + place[:, None] * HEAD_DIM + d_ids[None, :]

@@ -32,6 +32,7 @@ def shared_kernel(
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """A program takes BLOCK_M // GROUP adjacent rows and one kv head, a group among them after the other, and
     of a group's shared splits every num_programs(2)-th. Only whole splits: the rest, and all of a group of
@@ -39,6 +40,9 @@ def shared_kernel(
     GROUP: tl.constexpr = HEADS // KV_HEADS
     ROWS: tl.constexpr = BLOCK_M // GROUP
     BLOCKS: tl.constexpr = SPLIT // BLOCK_N
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     begin_row = tl.program_id(0) * ROWS
     kv_head = tl.program_id(1)
     end_row = tl.minimum(begin_row + ROWS, num_rows)

@@ -112,5 +112,6 @@ def programs_for_splits(num_tiles: int, num_splits: int, split_bytes: int, devic
     return min(num_splits, max(fill, -(-num_splits // WALK_AT_MOST)))
 
 
-FOLD_HEADS = 4
-FOLD_OPTIONS = {"num_warps": 4, **EXACT}
+# A fold is a chain over splits: small programs, many results on their way.
+FOLD_HEADS, FOLD_AHEAD = 1, 12
+FOLD_OPTIONS: dict[str, Any] = {"num_warps": 1, **EXACT}

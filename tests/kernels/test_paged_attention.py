@@ -157,13 +157,14 @@ def test_no_rows_and_no_tokens(backend: str) -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("window", [None, 9])
-@pytest.mark.parametrize("dtype", CPU_DTYPES)
+@pytest.mark.parametrize("dtype", CPU_DTYPES[:1] if INTERPRETING else CPU_DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, of an infinity
 def test_future_tokens_cannot_reach_the_past(
     backend: str, dtype: torch.dtype, window: int | None, bad: float
 ) -> None:
     """Not even as 0 * NaN: a chunk is computed together, yet a NaN or an infinity in a token stays there."""
-    sizes = [(150, 25)] if INTERPRETING else [(37, 37), (290, 60)]
+    sizes = [(75, 21)] if INTERPRETING else [(37, 37), (290, 60)]
     for seq_len, count in sizes:
         case = make_case([(seq_len, count)], heads=4, kv_heads=2, head_dim=32, dtype=dtype)
         for isa in each_isa() if backend == "cpu" else [backend]:
@@ -201,18 +202,19 @@ def test_what_float8_loses() -> None:
 @pytest.mark.parametrize("as_bytes", [False, True])
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "triton"])
 def test_every_float8_is_read(backend: str, as_bytes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One key a row, whose value is the output: 254 numbers, converted by the GPU and by the kernel."""
+    """One key a row, whose value is the output: every code but the two NaN, converted by the GPU and by the
+    kernel."""
     from elastic_decode.kernels.paged_attention import triton
 
     if as_bytes or device_of(backend).type == "cpu":
         monkeypatch.setattr(triton, "takes_fp8_bits", lambda *_: as_bytes)
-    codes = torch.tensor([c for c in range(256) if c & 0x7F != 0x7F], dtype=torch.uint8)
-    case = make_case([(1, 1)] * 254, heads=1, kv_heads=1, head_dim=16, kv_dtype=torch.float8_e4m3fn)
-    case.v_cache = torch.zeros_like(case.v_cache, dtype=torch.uint8)
-    case.v_cache[case.page_table[:, 0].long(), 0, 0] = codes[:, None].expand(-1, 16)
-    case.v_cache = case.v_cache.view(torch.float8_e4m3fn)
-    expected = codes.view(torch.float8_e4m3fn).float()
-    assert torch.equal(case.run(backend)[:, 0], expected[:, None].expand(-1, 16))
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes[codes & 0x7F == 0x7F] = 0
+    case = make_case([(1, 1)] * 16, heads=1, kv_heads=1, head_dim=16, kv_dtype=torch.float8_e4m3fn)
+    values = torch.zeros_like(case.v_cache, dtype=torch.uint8)
+    values[case.page_table[:, 0].long(), 0, 0] = codes.view(16, 16)
+    case.v_cache = values.view(torch.float8_e4m3fn)
+    assert torch.equal(case.run(backend)[:, 0], codes.view(torch.float8_e4m3fn).float().view(16, 16))
 
 
 # ---- the public op ----
