@@ -8,10 +8,11 @@ known. Further arguments go to the program named, so name one.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
 from pathlib import Path
+
+from processes import run_for, stop_when_asked
 
 HERE = Path(__file__).parent
 MINUTES = 8.0  # for each of the three
@@ -23,20 +24,13 @@ PROGRAMS: dict[str, list[list[str]]] = {
 }
 
 
-def run(command: list[str], seconds: float) -> int:
-    try:
-        return subprocess.run([sys.executable, "-u", *command], timeout=seconds).returncode
-    except subprocess.TimeoutExpired:
-        print(f"STOPPED after {seconds:.0f} s: {' '.join(command)}", flush=True)
-        return 124
-
-
 def main(argv: list[str]) -> int:
     names = [name for name in argv if name in PROGRAMS]
     options = [word for word in argv if word not in PROGRAMS]
     if options and len(names) != 1:
         sys.exit(f"{' '.join(options)}: for which of {', '.join(PROGRAMS)}? name one (WHAT=…)")
-    worst = 0
+    failed = False
+    stop_when_asked()
     for name in names or list(PROGRAMS):
         until = time.monotonic() + 60 * MINUTES
         programs = PROGRAMS[name]
@@ -44,12 +38,13 @@ def main(argv: list[str]) -> int:
             programs = [programs[0][:1]]
         for program in programs:
             print(f"#### {' '.join(program + options)}", flush=True)
-            command = [str(HERE / program[0]), *program[1:], *options]
+            command = [sys.executable, "-u", str(HERE / program[0]), *program[1:], *options]
             began = time.monotonic()
-            code = run(command, max(1.0, until - began))
-            print(f"#### exit status {code} after {time.monotonic() - began:.0f} s", flush=True)
-            worst = max(worst, code)
-    return 1 if worst else 0
+            code = run_for(command, max(1.0, until - began))
+            how = "stopped: out of time" if code is None else f"exit status {code}"
+            print(f"#### {how}, after {time.monotonic() - began:.0f} s", flush=True)
+            failed |= code != 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ A peer that is not installed says so in a line and is left out. A row is appende
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import harness
 import peers
+from processes import run_for, stop_when_asked
 
 
 def run_one(name: str, setting: peers.Setting, dry: bool) -> int:
@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     if arguments.one:
         return run_one(arguments.one, setting, arguments.dry)
+    stop_when_asked()
     until = time.monotonic() + 60 * arguments.minutes
     options = sys.argv[1:] if argv is None else argv
     failed = []
@@ -82,12 +83,10 @@ def main(argv: list[str] | None = None) -> int:
         left = until - time.monotonic()
         seconds = max(30.0, min(left, 2 * left / (len(arguments.peers) - index)))
         command = [sys.executable, "-u", str(Path(__file__)), *options, "--one", name]
-        try:
-            code = subprocess.run(command, timeout=seconds).returncode
-        except subprocess.TimeoutExpired:
+        code = run_for(command, seconds)
+        if code is None:
             print(f"{name}: stopped after {seconds:.0f} s", flush=True)
-            continue
-        if code:
+        elif code:
             failed.append(name)
     if failed:
         print(f"failed: {', '.join(failed)}")

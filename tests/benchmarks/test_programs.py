@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,15 +139,9 @@ def test_peers(peer, tmp_path, monkeypatch, capsys):
 def test_a_peer_that_fails_or_hangs_costs_no_other(monkeypatch, capfd):
     import bench_peers
 
-    codes = iter([7, subprocess.TimeoutExpired("peer", 1), 0])
-
-    def pretended(command: list[str], timeout: float) -> SimpleNamespace:
-        code = next(codes)
-        if isinstance(code, Exception):
-            raise code
-        return SimpleNamespace(returncode=code)
-
-    monkeypatch.setattr(bench_peers.subprocess, "run", pretended)
+    codes = iter([7, None, 0])
+    monkeypatch.setattr(bench_peers, "run_for", lambda command, seconds: next(codes))
+    monkeypatch.setattr(bench_peers, "stop_when_asked", lambda: None)
     peers = ("ours", "hf_static", "hf_continuous")
     assert bench_peers.main(["--device", "cpu", "--minutes", "3", "--peers", *peers]) == 1
     output = capfd.readouterr().out
@@ -205,6 +200,88 @@ def test_a_case_that_fails_is_a_row_and_costs_no_other(tmp_path, monkeypatch, ca
 )
 def test_arguments_are_for_one_program(words, said):
     command = [sys.executable, str(BENCHMARKS / "bench_gpu.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode != 0
     assert said in done.stderr
+
+
+def test_what_runs_out_of_time_leaves_nothing_behind(tmp_path):
+    """A program that starts another in a session of its own, both stopped from outside."""
+    from processes import run_for
+
+    pid = tmp_path / "pid"
+    inner = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    outer = f"""
+import sys
+sys.path.append({str(BENCHMARKS)!r})
+from processes import run_for, stop_when_asked
+stop_when_asked()
+run_for([sys.executable, "-c", {inner!r}], 60)
+"""
+    assert run_for([sys.executable, "-c", "raise SystemExit(3)"], 60) == 3
+    began = time.monotonic()
+    assert run_for([sys.executable, "-c", outer], 2) is None
+    assert time.monotonic() - began < 20
+    for _ in range(50):
+        try:
+            os.kill(int(pid.read_text()), 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("the inner process lives on")
+
+
+class PretendedCuda:
+    """Enough of torch.cuda to capture and replay: a call takes 5 microseconds."""
+
+    now = 0.0
+
+    def __init__(self) -> None:
+        self.captured = 0
+        self.synchronize = lambda: None
+        cuda = self
+
+        class Graph:
+            calls = 0
+
+            def replay(self) -> None:
+                cuda.now += 0.005 * self.calls
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                self.at = -1.0
+
+            def record(self) -> None:
+                self.at = cuda.now
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, other: "Event") -> float:
+                return other.at - self.at
+
+        self.CUDAGraph, self.Event = Graph, Event
+
+    @contextmanager
+    def graph(self, graph):
+        before = self.captured
+        yield
+        graph.calls = self.captured - before
+
+
+def test_a_replay_is_long_enough_to_time(monkeypatch):
+    import timing
+
+    cuda = PretendedCuda()
+    monkeypatch.setattr(timing, "torch", SimpleNamespace(cuda=cuda))
+
+    def call() -> None:
+        cuda.captured += 1
+
+    one = timing.Replayable([call] * 4, SimpleNamespace(type="cuda"))
+    assert one.us() == pytest.approx(5.0)
+    assert 200 <= one._graph.calls <= 208  # a millisecond
+    assert timing.Replayable([call] * 400, SimpleNamespace(type="cuda"))._graph.calls == 400
+    assert timing.measure([call], SimpleNamespace(type="cuda"), seconds=0.01).us == pytest.approx(5.0)

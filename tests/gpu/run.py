@@ -13,10 +13,12 @@ Exit status: 0 where every test ran and passed, otherwise 1.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -123,7 +125,12 @@ class Share:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+                self.command,
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a tool's own processes end with it
             )
 
     def running(self) -> tuple[str, float] | None:
@@ -143,8 +150,7 @@ class Share:
         code, test = self.process.poll(), self.running()
         if code is None:
             if test is not None and time.time() - test[1] > HANGS_AFTER:
-                self.process.kill()
-                self.process.wait()
+                self.stop()
                 self._fail(test[0], f"still running after {HANGS_AFTER:.0f} s; its process was killed")
                 self._again()
             return
@@ -181,7 +187,8 @@ class Share:
 
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
-            self.process.kill()
+            with contextlib.suppress(ProcessLookupError):  # none is left
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
 
