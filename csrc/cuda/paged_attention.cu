@@ -46,8 +46,9 @@ void run(const PagedAttentionArgs& call, std::uintptr_t stream) {
     launch({"attend_kernel", dim3(blocks), dim3(Shape::kThreads), Shape::kSharedBytes, stream},
            attend_kernel<T, KV, HeadDim>, call, first, count);
     if (call.num_splits == 1) continue;
+    constexpr std::size_t kFoldBytes = sizeof(float) * kFoldAtOnce * (HeadDim + 2);
     launch({"fold_kernel", dim3(static_cast<unsigned>(count), static_cast<unsigned>(call.num_heads)),
-            dim3(HeadDim), 0, stream, call.overlap},
+            dim3(HeadDim), kFoldBytes, stream, call.overlap},
            fold_kernel<T>, call, first);
   }
 }

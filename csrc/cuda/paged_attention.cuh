@@ -9,7 +9,7 @@ namespace cuda {
 
 constexpr int kTile = 16;        // keys that a warp multiplies at a time
 constexpr int kHeads = 16;       // query heads a block: the rows of an mma
-constexpr int kFoldAtOnce = 16;  // splits that the fold reads before it adds them up
+constexpr int kFoldAtOnce = 32;  // splits that the fold reads before it adds them up
 
 // `KV` is the dtype of keys and values: that of q, or Float8.
 template <typename KV, int HeadDim>
@@ -495,27 +495,32 @@ __global__ void __launch_bounds__(256) fold_kernel(PagedAttentionArgs call, int 
   if (splits.count == 1) return;
   const std::int64_t from =
       (static_cast<std::int64_t>(blockIdx.x) * call.num_heads + head) * call.num_splits + splits.first;
-  const float2* sums_at = reinterpret_cast<const float2*>(call.partial_sums) + from;
-  const float* acc_at = call.partial_out + from * head_dim + column;
+  const float* acc_from = call.partial_out + from * head_dim;
+  const float2* sums_from = reinterpret_cast<const float2*>(call.partial_sums) + from;
+  // Copied first, all at once: registers would not hold as many loads on their way.
+  auto* part_acc = dynamic_shared<float>();  // [kFoldAtOnce, head_dim]
+  auto* part_sums = reinterpret_cast<float2*>(part_acc + kFoldAtOnce * head_dim);
   float top = -INFINITY, sum = 0.0f, acc = 0.0f;
   for (int begin = 0; begin < splits.count; begin += kFoldAtOnce) {
-    float2 part_sums[kFoldAtOnce];
-    float part_acc[kFoldAtOnce];
-#pragma unroll
-    for (int i = 0; i < kFoldAtOnce; ++i) {
-      const bool present = begin + i < splits.count;
-      part_sums[i] = present ? sums_at[begin + i] : make_float2(-INFINITY, 0.0f);
-      part_acc[i] = present ? acc_at[static_cast<std::int64_t>(begin + i) * head_dim] : 0.0f;
+    const int count = min(kFoldAtOnce, splits.count - begin);
+    for (int i = 4 * column; i < count * head_dim; i += 4 * head_dim) {
+      copy_async(part_acc + i, acc_from + static_cast<std::int64_t>(begin) * head_dim + i, true);
     }
-#pragma unroll
-    for (int i = 0; i < kFoldAtOnce; ++i) {
-      const float highest = fmaxf(top, part_sums[i].x);
+    commit_copies();
+    for (int i = column; i < count; i += head_dim) part_sums[i] = sums_from[begin + i];
+    wait_copies<0>();
+    __syncthreads();
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) {
+      const float2 part = part_sums[i];
+      const float highest = fmaxf(top, part.x);
       const float safe = highest == -INFINITY ? 0.0f : highest;
-      const float decay = exp2_approximate(top - safe), weight = exp2_approximate(part_sums[i].x - safe);
-      sum = __fmaf_rn(part_sums[i].y, weight, __fmul_rn(sum, decay));
-      acc = __fmaf_rn(part_acc[i], weight, __fmul_rn(acc, decay));
+      const float decay = exp2_approximate(top - safe), weight = exp2_approximate(part.x - safe);
+      sum = __fmaf_rn(part.y, weight, __fmul_rn(sum, decay));
+      acc = __fmaf_rn(part_acc[i * head_dim + column], weight, __fmul_rn(acc, decay));
       top = highest;
     }
+    __syncthreads();  // all have read these
   }
   const float result = acc / (sum == 0.0f ? 1.0f : sum);
   const std::int64_t to = (static_cast<std::int64_t>(token) * call.num_heads + head) * head_dim + column;
