@@ -48,6 +48,8 @@ def test_what_is_right_passes(op, backend, kind):
         pytest.skip("the op's own tests do; slow, or not bfloat16, under the interpreter")
     if kind == "float8" and backend == "cpu":
         pytest.skip("the CPU kernels have no float8 cache")
+    if (op, backend) == ("paged_attention", "cuda") and kind != "bfloat16":
+        pytest.skip("no kernel; test_cuda_paged_attention.py has what there is, float8 among it")
     invariant = backend not in registry.NOT_BATCH_INVARIANT.get(op, ())
     shapes = SMALL._replace(**KINDS[kind])
     outcome = check(op, backend, shapes, device_of(backend), batch_invariant=invariant)
