@@ -321,21 +321,22 @@ struct Step {
   int64_t ring_width;
 };
 
-// Row `row` of a decode step: steps its machine and writes its entry of the ring. An entry that holds no
-// token has only its flags written.
-ELASTIC_HOST_DEVICE inline void step_row(const Step& s, int64_t row) {
+// Where row `row` of a decode step has its entry of the ring.
+ELASTIC_HOST_DEVICE inline int64_t ring_entry(const Step& s, int64_t row) {
   int64_t ring_row = s.ring_index[0] % s.ring_length;
   if (ring_row < 0) ring_row += s.ring_length;
-  const int64_t entry = ring_row * s.ring_width + row;
-  const int64_t slot = s.slots[row];
-  if (slot < 0) {
-    s.ring_flags[entry] = 0;
-    return;
-  }
-  Machine machine(s.state + slot * STATE_WORDS, s.programs + slot * PROGRAM_WORDS, s.automata);
+  return ring_row * s.ring_width + row;
+}
+
+// Steps the machine of row `row`, whose slot's state and program these are, perhaps in faster memory, and
+// writes the row's entry of the ring. An entry that holds no token has only its flags written.
+ELASTIC_HOST_DEVICE inline Emitted step_slot(const Step& s, int64_t row, int64_t slot, int32_t* state,
+                                             const int32_t* program) {
+  const int64_t entry = ring_entry(s, row);
+  Machine machine(state, program, s.automata);
   const Emitted emitted = machine.step(s.draws[row]);
   s.ring_flags[entry] = emitted.flags;
-  if (!(emitted.flags & Flag::VALID)) return;
+  if (!(emitted.flags & Flag::VALID)) return emitted;
 
   float logprob = -INFINITY;
   if (emitted.token >= 0 && emitted.token < s.logits_width) {
@@ -345,6 +346,17 @@ ELASTIC_HOST_DEVICE inline void step_row(const Step& s, int64_t row) {
   s.ring_tokens[entry] = emitted.token;
   s.ring_logprobs[entry] = logprob;
   s.ring_sampling_logprobs[entry] = emitted.flags & Flag::FORCED ? 0.0f : s.draw_logprob[row];
+  return emitted;
+}
+
+// Row `row` of a decode step, on the tables as they lie.
+ELASTIC_HOST_DEVICE inline void step_row(const Step& s, int64_t row) {
+  const int64_t slot = s.slots[row];
+  if (slot < 0) {
+    s.ring_flags[ring_entry(s, row)] = 0;
+  } else {
+    step_slot(s, row, slot, s.state + slot * STATE_WORDS, s.programs + slot * PROGRAM_WORDS);
+  }
 }
 
 // The tensors of decode_inputs.

@@ -52,7 +52,7 @@ struct Row {
       if (!(tiles[at].top >= floor) || !(group_max[at * kWarp + lane] >= floor)) continue;
       const float* source =
           (tiles[at].modified ? call.work.modified : call.sampling.logits) + row * call.sampling.vocab;
-#pragma unroll
+#pragma unroll 1
       for (int quad = 0; quad < kQuads; ++quad) {
         float four[4];
         const int id = quad_id(at * kTile, quad, lane);
@@ -170,26 +170,28 @@ __device__ Drawn draw_filtered(const Row<kAligned>& row, Scratch& scratch) {
   };
   const float range_low = floor > kLeast ? floor : low;
 
+  // Top-k, then top-p, by one loop: the code is large, and an instruction cache is not.
   float least = floor;
-  if (by_count && size > k) {
-    const float kth = smallest_kept(scratch, top, range_low, static_cast<Weight>(k),
-                                    [&](const auto& body) { each([&](float x, int) { body(x, 1); }); });
-    least = fmaxf(least, kth);
-  }
-  if (by_mass) {
-    double total = static_cast<double>(row.mass) * 0x1p40;
-    if (by_count) {
-      Weight sum = 0;
-      each([&](float x, int) {
-        if (x >= least) sum += mass_of(row.scaled(x));
-      });
-      total = static_cast<double>(block_sum(sum, scratch.space));
-    }
-    const Weight target = static_cast<Weight>(fmax(ceil(static_cast<double>(p) * total), 1.0));
+#pragma unroll 1
+  for (int round = 0; round < 2; ++round) {
+    const bool masses = round == 1;
+    if (masses ? !by_mass : !by_count || size <= k) continue;
     const float from = least;
+    Weight target = static_cast<Weight>(k);
+    if (masses) {
+      double total = static_cast<double>(row.mass) * 0x1p40;
+      if (by_count) {
+        Weight sum = 0;
+        each([&](float x, int) {
+          if (x >= from) sum += mass_of(row.scaled(x));
+        });
+        total = static_cast<double>(block_sum(sum, scratch.space));
+      }
+      target = static_cast<Weight>(fmax(ceil(static_cast<double>(p) * total), 1.0));
+    }
     const float last = smallest_kept(scratch, top, range_low, target, [&](const auto& body) {
       each([&](float x, int) {
-        if (x >= from) body(x, mass_of(row.scaled(x)));
+        if (x >= from) body(x, masses ? mass_of(row.scaled(x)) : 1);
       });
     });
     least = fmaxf(least, last);
@@ -205,7 +207,7 @@ __device__ Drawn draw_filtered(const Row<kAligned>& row, Scratch& scratch) {
     if (!(x >= least) || !(y >= least_y)) return;
     sum += mass_of(y);
     const std::uint32_t word = philox_word(seed, sample_index, position, id);
-    if (y + noise_at_most(word) < best_score) return;
+    if (y + log2_bound(word) + kAbove < best_score) return;
     const float score = y + gumbel(word);
     best_score = fmaxf(best_score, score);
     const Weight key = score_key(score, id);
@@ -216,38 +218,60 @@ __device__ Drawn draw_filtered(const Row<kAligned>& row, Scratch& scratch) {
   return {token, row.scaled(row.value(token)) - logf(static_cast<float>(sum) * 0x1p-40f)};
 }
 
-// By one thread: the draw into the outputs and, for `draw`, through the machine into the ring.
-__device__ void conclude(const DrawCall& call, std::int64_t row, std::int64_t slot, float lse, Drawn drawn) {
-  const SampleArgs& s = call.sampling;
-  s.token[row] = drawn.token, s.lse[row] = lse, s.sampling_logprob[row] = drawn.logprob;
-  if (call.machine.state == nullptr) return;
-  budget::step_row(call.machine, row);
-  if (call.output_counts == nullptr || slot < 0) return;
-  const std::int64_t entry = *call.ring_index * call.machine.ring_width + row;
-  if (!(call.machine.ring_flags[entry] & budget::Flag::VALID)) return;
-  const std::int32_t token = call.machine.ring_tokens[entry];
-  if (token >= 0 && token < s.vocab) call.output_counts[slot * s.vocab + token] += 1;
+// By the whole block; `count` is at most its threads.
+__device__ __forceinline__ void copy_words(std::int32_t* to, const std::int32_t* from, int count) {
+  if (static_cast<int>(threadIdx.x) < count) to[threadIdx.x] = from[threadIdx.x];
+}
+static_assert(budget::PROGRAM_WORDS <= kFinishThreads && budget::STATE_WORDS <= kFinishThreads, "");
+
+// What the machine reads and writes of a slot, brought near while the row is drawn: its loads depend on each
+// other, one after the other.
+struct Slot {
+  std::int32_t state[budget::STATE_WORDS], program[budget::PROGRAM_WORDS];
+};
+
+// By one thread: steps the machine with the draw, writes the ring's entry and counts the token.
+__device__ void step(const DrawCall& call, std::int64_t row, std::int64_t slot, Slot& near) {
+  const budget::Emitted emitted = budget::step_slot(call.machine, row, slot, near.state, near.program);
+  const bool counted = call.output_counts != nullptr && (emitted.flags & budget::Flag::VALID) &&
+                       emitted.token >= 0 && emitted.token < call.sampling.vocab;
+  if (counted) call.output_counts[slot * call.sampling.vocab + emitted.token] += 1;
 }
 
 template <bool kAligned>
 __global__ void __launch_bounds__(kFinishThreads, 2) draw_finish(const __grid_constant__ DrawCall call) {
   __shared__ Scratch scratch;
+  __shared__ Slot near;
+  const SampleArgs& s = call.sampling;
+  const budget::Step& machine = call.machine;
   const std::int64_t at = blockIdx.x, slot = running_slot(call, at);
   if (slot < 0) {
-    if (threadIdx.x == 0) conclude(call, at, slot, 0.0f, {-1, 0.0f});
+    if (threadIdx.x != 0) return;
+    s.token[at] = -1, s.lse[at] = 0.0f, s.sampling_logprob[at] = 0.0f;
+    if (machine.state != nullptr) machine.ring_flags[budget::ring_entry(machine, at)] = 0;
     return;
+  }
+  if (machine.state != nullptr) {  // complete at the fold's first barrier
+    copy_words(near.state, machine.state + slot * budget::STATE_WORDS, budget::STATE_WORDS);
+    copy_words(near.program, machine.programs + slot * budget::PROGRAM_WORDS, budget::PROGRAM_WORDS);
   }
   Row<kAligned> row(call, at, slot);
   const Folded folded = fold(row, scratch);
   Drawn drawn{-1, 0.0f};
   if (fabsf(folded.raw_top) < INFINITY && fabsf(row.top) < INFINITY) {
-    if (row.temperature > 0.0f && filters(call.sampling, slot)) {
+    if (row.temperature > 0.0f && filters(s, slot)) {
       drawn = draw_filtered(row, scratch);
     } else {
       drawn = best_of_tiles(row, folded, scratch);
     }
   }
-  if (threadIdx.x == 0) conclude(call, at, slot, folded.lse, drawn);
+  if (threadIdx.x == 0) {
+    s.token[at] = drawn.token, s.lse[at] = folded.lse, s.sampling_logprob[at] = drawn.logprob;
+    if (machine.state != nullptr) step(call, at, slot, near);
+  }
+  if (machine.state == nullptr) return;
+  __syncthreads();
+  copy_words(machine.state + slot * budget::STATE_WORDS, near.state, budget::STATE_WORDS);
 }
 
 bool modifies(const SampleArgs& s) {

@@ -64,15 +64,12 @@ __device__ __forceinline__ bool penalizes(const SampleArgs& s, std::int64_t slot
          (s.repetition[slot] != 1.0f || s.presence[slot] != 0.0f || s.frequency[slot] != 0.0f);
 }
 
-// The noise of a word to within log 2 + 0.33, without a logarithm: with z leading zeros u lies between
-// 2^-(z+1) and 2^-z, and E between u and 2 log 2 u where u < 1/2. 1e-4 is for rounding.
-constexpr float kLog2 = 0.693147181f, kSlack = 1e-4f;
-__device__ __forceinline__ float noise_at_most(std::uint32_t word) {
-  return static_cast<float>(__clz(static_cast<int>(word)) + 1) * kLog2 + kSlack;
-}
-__device__ __forceinline__ float noise_at_least(std::uint32_t word) {
-  const int zeros = __clz(static_cast<int>(word));
-  return zeros == 0 ? kGumbelMin - kSlack : static_cast<float>(zeros) * kLog2 - (0.3267f + kSlack);
+// Noise lies between log2_bound(word) - kBelow and log2_bound(word) + kAbove, where the word's first bit is
+// not set: with z leading zeros, u lies between 2^-(z+1) and 2^-z, and E between u and 2 log 2 u while u <=
+// 1/2. The upper bound holds for every word. 1e-4 is for rounding.
+constexpr float kLog2 = 0.693147181f, kAbove = kLog2 + 1e-4f, kBelow = 0.3267f + 1e-4f;
+__device__ __forceinline__ float log2_bound(std::uint32_t word) {
+  return static_cast<float>(__clz(static_cast<int>(word))) * kLog2;
 }
 
 // Entries id .. id + 3 of a row; `fill` where the vocabulary has ended.
@@ -203,15 +200,16 @@ __device__ __forceinline__ Best draw_tile(const SampleArgs& s, std::int64_t row,
                                     static_cast<std::uint32_t>(seed), sample_index);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
+      const float about = y[4 * quad + i] + log2_bound(four.word[i]);
       words[4 * quad + i] = four.word[i];
-      bound = fmaxf(bound, y[4 * quad + i] + noise_at_least(four.word[i]));
+      if (static_cast<std::int32_t>(four.word[i]) >= 0) bound = fmaxf(bound, about);
     }
   }
-  bound = warp_max(bound);
+  bound = warp_max(bound) - kBelow;
   unsigned pending = 0;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    if (y[i] + noise_at_most(words[i]) >= bound) pending |= 1u << i;
+    if (y[i] + log2_bound(words[i]) + kAbove >= bound) pending |= 1u << i;
   }
   Best best{-INFINITY, base};
   while (__any_sync(kAllLanes, pending != 0)) {
