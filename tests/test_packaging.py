@@ -117,3 +117,17 @@ def test_wheel_declares_what_it_needs(wheel: zipfile.ZipFile):
     assert any(line.startswith("Requires-Dist: torch>=") for line in needed)
     assert not any("triton" in line or "pytest" in line for line in needed)
     assert "elastic-decode = elastic_decode.cli:main" in wheel.read(entry_points).decode()
+
+
+def test_a_build_with_cuda_needs_nvcc():
+    """It is asked for, so its absence ends the build; nothing is built without it instead."""
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--name"],
+        cwd=ROOT,
+        env={"ELASTIC_DECODE_CUDA": "1", "PATH": "/nowhere", "CUDA_HOME": "/nowhere"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "ELASTIC_DECODE_CUDA=1 needs nvcc" in done.stderr

@@ -94,8 +94,8 @@ __device__ Folded fold(Row<kAligned>& row, Scratch& scratch) {
   float raw_mass = 0.0f, mass = 0.0f;
   for (int at = threadIdx.x; at < splits; at += kFinishThreads) {
     const Tile tile = row.tiles[at];
-    if (tile.raw_top > -INFINITY) raw_mass += tile.raw_mass * expf((tile.raw_top - raw_top) * row.inverse);
-    if (tile.top > -INFINITY) mass += tile.mass * expf((tile.top - safe) * row.inverse);
+    raw_mass += tile.raw_mass * expf((tile.raw_top - raw_top) * row.inverse);
+    mass += tile.mass * expf((tile.top - safe) * row.inverse);
   }
   raw_mass = block_sum(raw_mass, space);
   row.mass = block_sum(mass, space);

@@ -67,7 +67,6 @@ __device__ __forceinline__ void add(unsigned* low, unsigned* high, Weight weight
 // scratch.above; -1 where all of it stays below. `each(body)` calls body(x, weight) for this thread's share.
 template <typename Each>
 __device__ int crossing_bin(Scratch& scratch, const Binning& binning, Weight target, const Each& each) {
-  __syncthreads();  // the bins may still be read as ranks
   for (int bin = threadIdx.x; bin < kBins; bin += kFinishThreads) {
     scratch.bins.low[bin] = 0, scratch.bins.high[bin] = 0;
   }

@@ -244,10 +244,27 @@ std::string deadlock(int threads) {
   return message;
 }
 
-void run_block(int threads, std::vector<int>& order) {
+// Runs those threads of a warp that can, each up to where it waits next. Whether any could.
+bool run_warp(int warp, int threads, std::vector<int>& lanes) {
+  bool moved = false;
+  shuffle(lanes);
+  for (const int lane : lanes) {
+    const int t = warp * kLanes + lane;
+    if (t >= threads) continue;
+    Fiber& fiber = *s.fibers[static_cast<std::size_t>(t)];
+    if (fiber.done || (fiber.waits_for && fiber.waits_for->generation == fiber.generation)) continue;
+    moved = true;
+    s.running = &fiber;
+    threadIdx = fiber.index;
+    to_fiber(fiber);
+    if (!s.error.empty()) break;
+  }
+  return moved;
+}
+
+void run_block(int threads, std::vector<int>& warps, std::vector<int>& lanes) {
   s.alive = threads;
-  if (s.warps.size() * kLanes < static_cast<std::size_t>(threads))
-    s.warps.resize((threads + kLanes - 1) / kLanes);
+  if (s.warps.size() < warps.size()) s.warps.resize(warps.size());
   for (Warp& warp : s.warps) {
     warp.alive = 0;
     for (auto& e : warp.exchanges) e->arrived = 0;
@@ -263,31 +280,21 @@ void run_block(int threads, std::vector<int>& order) {
     fiber.groups.clear();
     s.warps[at / kLanes].alive |= 1u << at % kLanes;
   }
-  // Some warps stand still for a while, so that the others get far ahead of them, if nothing holds those.
-  std::uint64_t held = 0;
-  int rounds = 0;
+  shuffle(warps);
   while (s.alive > 0) {
+    // In order: every warp in its turn. At random: the first warp of an order that seldom changes runs
+    // whenever it can, so that some warps are as far ahead of others as barriers let them.
     bool moved = false;
-    shuffle(order);
-    if (s.seed != 0 && rounds-- == 0) {
-      held = random_bits();
-      rounds = static_cast<int>(random_bits() % 64);
-    }
-    for (const int t : order) {
-      Fiber& fiber = *s.fibers[static_cast<std::size_t>(t)];
-      if (held >> t / kLanes & 1u) continue;
-      if (fiber.done || (fiber.waits_for && fiber.waits_for->generation == fiber.generation)) continue;
-      moved = true;
-      s.running = &fiber;
-      threadIdx = fiber.index;
-      to_fiber(fiber);
+    if (s.seed != 0 && random_bits() % 64 == 0) shuffle(warps);
+    for (const int warp : warps) {
+      moved = run_warp(warp, threads, lanes) || moved;
       if (!s.error.empty()) return;
+      if (moved && s.seed != 0) break;
     }
-    if (!moved && held == 0) {
+    if (!moved) {
       s.error = deadlock(threads);
       return;
     }
-    if (!moved) held = 0;
   }
 }
 
@@ -430,9 +437,13 @@ void run(const void* kernel, Shape grid, Shape block, std::size_t shared_bytes, 
   gridDim = {grid.x, grid.y, grid.z};
   blockDim = {block.x, block.y, block.z};
   const std::size_t blocks = static_cast<std::size_t>(grid.x) * grid.y * grid.z;
-  std::vector<int> blocks_in_order(blocks), order(static_cast<std::size_t>(threads));
-  std::iota(blocks_in_order.begin(), blocks_in_order.end(), 0);
-  std::iota(order.begin(), order.end(), 0);
+  const auto in_order = [](std::size_t count) {
+    std::vector<int> order(count);
+    std::iota(order.begin(), order.end(), 0);
+    return order;
+  };
+  std::vector<int> blocks_in_order = in_order(blocks), lanes = in_order(kLanes);
+  std::vector<int> warps = in_order(static_cast<std::size_t>((threads + kLanes - 1) / kLanes));
   shuffle(blocks_in_order);
   std::vector<unsigned char> fence(kFence);
   poison(fence.data(), kFence);
@@ -442,7 +453,7 @@ void run(const void* kernel, Shape grid, Shape block, std::size_t shared_bytes, 
     poison(fixed.begin, fixed.bytes);
     poison(s.shared_begin, shared_bytes);
     std::memcpy(s.shared_begin + shared_bytes, fence.data(), kFence);
-    run_block(threads, order);
+    run_block(threads, warps, lanes);
     s.running = nullptr;
     if (s.error.empty() && std::memcmp(s.shared_begin + shared_bytes, fence.data(), kFence) != 0) {
       s.error = text("block", blockIdx) + " wrote past its dynamic shared memory";

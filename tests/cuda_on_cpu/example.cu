@@ -5,9 +5,10 @@ using namespace elastic_decode::cuda;
 
 namespace {
 
-// Sums 256 numbers. Fault 1: no barrier before the partial sums are read; 2: a barrier that a part of a warp
-// does not reach; 3: two barriers where others have one; 4: a lane shuffles under a mask without itself; 5: a
-// warp's lanes meet in two different operations; 6: past the end of the shared memory.
+// Sums 256 numbers, twice. Fault 1: no barrier before the partial sums are read; 2: a barrier that a part of
+// a warp does not reach; 3: two barriers where others have one; 4: a lane shuffles under a mask without
+// itself; 5: a warp's lanes meet in two different operations; 6: past the end of the shared memory; 7: no
+// barrier before the partial sums are written again.
 __global__ void sum(const float* x, float* out, int fault) {
   float* partial = dynamic_shared<float>();
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
@@ -15,15 +16,16 @@ __global__ void sum(const float* x, float* out, int fault) {
   for (int step = 16; step > 0; step /= 2) {
     value += __shfl_xor_sync(fault == 4 ? ~1u : kAllLanes, value, step);
   }
-  if (lane == 0) partial[fault == 6 ? warp + 8 : warp] = value;
   if (fault == 2 && warp == 3 && lane > 7) __syncwarp();
   if (fault == 3 && thread < 40) __syncthreads();
   if (fault == 5) lane > 3 ? __syncwarp() : static_cast<void>(__ballot_sync(kAllLanes, 1));
-  if (fault != 1) __syncthreads();
-  if (thread == 0) {
-    value = 0.0f;
-    for (int i = 0; i < 8; ++i) value += partial[i];
-    out[blockIdx.x] = value;
+  for (int time = 0; time < 2; ++time) {
+    if (lane == 0) partial[fault == 6 ? warp + 8 : warp] = time == 0 ? value + 1.0f : value;
+    if (fault != 1) __syncthreads();
+    float total = 0.0f;
+    for (int i = 0; i < 8; ++i) total += partial[i];
+    if (thread == 255) out[blockIdx.x] = time == 0 ? total : out[blockIdx.x] + total - 8.0f;
+    if (fault != 7) __syncthreads();
   }
 }
 
