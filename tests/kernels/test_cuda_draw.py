@@ -41,7 +41,8 @@ globals().update({f"{name}_in_draw": test for name, test in with_backend(DRAW).i
 
 @pytest.fixture
 def backend(cuda_on_cpu, monkeypatch):
-    monkeypatch.setattr(DRAW, "device_of", lambda name: torch.device("cpu"))
+    for module in (SAMPLE, DRAW, BUDGET):
+        monkeypatch.setattr(module, "device_of", lambda name: torch.device("cpu"), raising=False)
     cuda_on_cpu.set_schedule(1)
     return "cuda"
 
