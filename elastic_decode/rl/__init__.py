@@ -1,0 +1,1 @@
+"""Budget-constrained rollouts and the GRPO trainer over them."""
