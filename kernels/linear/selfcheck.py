@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from ..selfcheck import Finding, Matrix, Random, Shapes, Use, close, same
 
 TOKENS = (1, 2, 3, 8, 17, 64, 67)  # powers of two and what lies beside them
+PREFILL = 520  # rows that a GPU's kernel may cut up in yet another way
 CHUNK = 16 << 20  # elements of a weight that are widened at a time
 
 
@@ -36,6 +37,10 @@ def checks(use: Use, shapes: Shapes, random: Random, batch_invariant: bool) -> I
                 yield same(f"{name}, bits of {count} rows and of {TOKENS[-1]}", part, whole[:count])
         if batch_invariant:
             yield same(f"{name}, bits of the last row alone", run(slice(-1, None)), whole[-1:])
+            more = torch.cat((x, random.normal(PREFILL - len(x), matrix.inputs, dtype=shapes.dtype)))
+            yield same(
+                f"{name}, bits of {len(x)} rows and of {PREFILL}", run(slice(None), more)[: len(x)], whole
+            )
 
 
 def _most_elements(device: torch.device, dtype: torch.dtype) -> int:
