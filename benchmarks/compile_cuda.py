@@ -1,10 +1,12 @@
 """Compiles the CUDA sources for every target GPU without one: `make compile-check`.
 
 Every csrc/cuda/*.cu is compiled alone, as it stands. Prints what each kernel takes of a multiprocessor and
-fails on a spilled register, on a kernel without launch bounds and on any warning. Nothing is run. Where there
-is no nvcc it says so and checks nothing.
+fails on a spilled register, on a kernel without launch bounds, on any warning and, where there is a cuobjdump
+(CUDA's or Triton's), on a kernel without the instructions that it is made of. Nothing is run. Where there is
+no nvcc it says so and checks nothing.
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -20,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TARGETS = (80, 90, 100)
 FLAGS = ["-std=c++17", "--expt-relaxed-constexpr", "-Werror", "all-warnings", "-Icsrc", "-Icsrc/cuda"]
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'")
+# A kernel's name and what its machine code must have: tensor cores, copies that nobody waits for, ldmatrix.
+MADE_OF = {"attend_kernel": {"HMMA", "LDGSTS", "LDSM"}}
 
 
 class Kernel(NamedTuple):
@@ -60,20 +64,50 @@ def kernels_in(log: str) -> list[Kernel]:
     return found
 
 
+def cuobjdump() -> str | None:
+    """The disassembler of CUDA, or else the one that Triton ships, if there is either."""
+    found = shutil.which("cuobjdump")
+    triton = importlib.util.find_spec("triton")
+    if found is None and triton is not None and triton.origin is not None:
+        found = shutil.which(Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump")
+    return found
+
+
+def lacking(binary: Path) -> list[str]:
+    """What kernels of MADE_OF do not have, and local memory that they use."""
+    tool = cuobjdump()
+    if tool is None:
+        return []
+    sass = subprocess.run([tool, "-sass", str(binary)], capture_output=True, text=True, check=True).stdout
+    wrong = []
+    for target, code in zip(*[iter(re.split(r"code for sm_(\d+)", sass)[1:])] * 2, strict=True):
+        for name, text in zip(*[iter(re.split(r"Function : (\w+)", code)[1:])] * 2, strict=True):
+            wanted = next((made for kernel, made in MADE_OF.items() if kernel in name), None)
+            if wanted is None:
+                continue
+            used = set(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", text, re.MULTILINE))
+            wrong += [f"{demangled(name)} has no {what} on sm_{target}" for what in sorted(wanted - used)]
+            wrong += [
+                f"{demangled(name)} has {what} on sm_{target}" for what in sorted(used & {"LDL", "STL"})
+            ]
+    return wrong
+
+
 def compile_one(source: Path) -> tuple[list[Kernel], list[str], float]:
     """The kernels of a source on every target, what is wrong with them, and how many seconds it took."""
     start = time.perf_counter()
     targets = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in TARGETS]
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", *FLAGS, *targets, "-Xptxas", "-v", "-fatbin", str(source)]
-        command += ["-o", str(Path(folder) / "out.fatbin")]
+        binary = Path(folder) / "out.fatbin"
+        command = ["nvcc", *FLAGS, *targets, "-Xptxas", "-v", "-fatbin", str(source), "-o", str(binary)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        missing = lacking(binary) if done.returncode == 0 else []
     log = done.stdout + done.stderr
     seconds = time.perf_counter() - start
     if done.returncode != 0:
         return [], [log.strip()], seconds
     kernels = kernels_in(log)
-    wrong = [f"{k.name} spills {k.spilled} bytes on sm_{k.target}" for k in kernels if k.spilled]
+    wrong = missing + [f"{k.name} spills {k.spilled} bytes on sm_{k.target}" for k in kernels if k.spilled]
     if "__global__" in source.read_text() and {k.target for k in kernels} != set(TARGETS):
         wrong.append("it defines kernels, of which not all targets have one")
     return kernels, wrong, seconds

@@ -128,8 +128,8 @@ static void bind_paged_attention(py::module_& m) {
            Address query_start, Address out, Address partial_out, Address partial_sums,
            std::int64_t table_stride, std::int32_t num_tokens, std::int32_t num_rows, std::int32_t num_heads,
            std::int32_t num_kv_heads, std::int32_t page_size, std::int32_t num_splits, std::int32_t pass,
-           std::int32_t window, float scale, std::int32_t num_processors, bool overlap, int head_dim,
-           bool bfloat16, bool float8, Address stream) {
+           std::int32_t window, float scale, std::int32_t num_processors, std::int32_t processor_shared,
+           bool overlap, int head_dim, bool bfloat16, bool float8, Address stream) {
           elastic_decode::cuda::paged_attention({as<void>(q),
                                                  as<void>(k_cache),
                                                  as<void>(v_cache),
@@ -150,6 +150,7 @@ static void bind_paged_attention(py::module_& m) {
                                                  window,
                                                  scale,
                                                  num_processors,
+                                                 processor_shared,
                                                  overlap},
                                                 head_dim, bfloat16, float8, stream);
         });

@@ -57,8 +57,8 @@ struct PagedAttentionArgs {
   std::int32_t pass;        // tokens at a time, at least 1
   std::int32_t window;      // 0: none
   float scale;
-  std::int32_t num_processors;  // of the device
-  bool overlap;                 // sm_90 and newer: the second kernel may start while the first one ends
+  std::int32_t num_processors, processor_shared;  // of the device; a processor's shared memory in bytes
+  bool overlap;  // sm_90 and newer: the second kernel may start while the first one ends
 };
 
 // q and out are bfloat16, or else float16; keys and values the same, or float8 (e4m3). Throws

@@ -38,11 +38,15 @@ void run(const PagedAttentionArgs& call, std::uintptr_t stream) {
   using Shape = Tiling<KV, HeadDim>;
   const int group = call.num_heads / call.num_kv_heads;
   const std::int64_t parts = static_cast<std::int64_t>(call.num_kv_heads) * ((group + kHeads - 1) / kHeads);
+  // As many as run at once: those past that would come when the first are done. A block also takes 1 KiB for
+  // the system, and up to 1 KiB of static shared memory.
+  const int fit = call.processor_shared / static_cast<int>(Shape::kSharedBytes + (2 << 10));
+  const int resident = std::max(1, std::min(Shape::kBlocks, fit));
   for (int first = 0; first < call.num_tokens; first += call.pass) {
     const int count = std::min(call.pass, call.num_tokens - first);
     const std::int64_t most = parts * call.num_splits * count;
-    const unsigned blocks = static_cast<unsigned>(
-        std::min<std::int64_t>(most, std::int64_t{Shape::kBlocks} * call.num_processors));
+    const unsigned blocks =
+        static_cast<unsigned>(std::min<std::int64_t>(most, std::int64_t{resident} * call.num_processors));
     launch({"attend_kernel", dim3(blocks), dim3(Shape::kThreads), Shape::kSharedBytes, stream},
            attend_kernel<T, KV, HeadDim>, call, first, count);
     if (call.num_splits == 1) continue;

@@ -17,6 +17,7 @@ from . import SharedPrefixes
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 FLOAT8_HEAD_DIMS = (32, 64, 96, 128, 256)
+PROCESSOR_SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # bytes of shared memory, by architecture
 WORKSPACE_BYTES = 128 << 20  # partial results at most; tokens past that have to wait for a second pass
 
 
@@ -70,6 +71,7 @@ def paged_attention(
         )
         partial_out = workspace.data_ptr()
         partial_sums = partial_out + 4 * tokens_at_once * partials * head_dim
+    arch = architecture(q.device)
     _C.cuda.paged_attention(
         q.data_ptr(),
         k_cache.data_ptr(),
@@ -91,7 +93,8 @@ def paged_attention(
         window or 0,
         head_dim**-0.5 if scale is None else scale,
         num_processors(q.device),
-        architecture(q.device) >= 90,
+        PROCESSOR_SHARED[arch],
+        arch >= 90,
         head_dim,
         q.dtype == torch.bfloat16,
         float8,
