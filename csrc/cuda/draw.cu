@@ -52,14 +52,22 @@ struct Row {
       if (!(tiles[at].top >= floor) || !(group_max[at * kWarp + lane] >= floor)) continue;
       const float* source =
           (tiles[at].modified ? call.work.modified : call.sampling.logits) + row * call.sampling.vocab;
+      if (kAligned) {
 #pragma unroll 1
-      for (int quad = 0; quad < kQuads; ++quad) {
-        float four[4];
-        const int id = quad_id(at * kTile, quad, lane);
-        load_quad<kAligned, float4>(source, id, vocab, -INFINITY, four);
+        for (int quad = 0; quad < kQuads; ++quad) {
+          float four[4];
+          const int id = quad_id(at * kTile, quad, lane);
+          load_quad<true, float4>(source, id, vocab, -INFINITY, four);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (four[i] >= floor) body(four[i], id + i);
+          for (int i = 0; i < 4; ++i) {
+            if (four[i] >= floor) body(four[i], id + i);
+          }
+        }
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < kPerLane; ++i) {
+          const int id = quad_id(at * kTile, i / 4, lane) + i % 4;
+          if (id < vocab && source[id] >= floor) body(source[id], id);
         }
       }
     }
