@@ -40,11 +40,13 @@ def why_lacking(backend: str) -> list[str]:
 
 
 def backends_of(item: pytest.Item) -> set[str]:
-    """The GPU backends among a test's parameters; "triton-split" is Triton's, too."""
+    """The GPU backends among a test's parameters; "triton-split" is Triton's, too. "torch" is one where there
+    is a GPU.
+    """
     callspec = getattr(item, "callspec", None)
     values = callspec.params.values() if callspec is not None else ()
     names = {value.partition("-")[0] for value in values if isinstance(value, str)}
-    return names.intersection(GPU_BACKENDS)
+    return names.intersection((*GPU_BACKENDS, "torch") if torch.cuda.is_available() else GPU_BACKENDS)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects by marker

@@ -265,7 +265,8 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
 
 def work(arguments: argparse.Namespace) -> int:
     worker = Worker(arguments.worker, arguments.record, arguments.backend)
-    options = ["-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    options = ["-q", "--no-header", "--tb=short", "--continue-on-collection-errors"]
+    options += ["-o", f"cache_dir={arguments.record.with_suffix('.cache')}"]  # one that nobody else writes
     return int(pytest.main([*options, *arguments.pytest], plugins=[worker]))
 
 

@@ -122,11 +122,11 @@ def test_float32_out_of_half(backend: str, dtype: torch.dtype) -> None:
 
 @DTYPES
 @pytest.mark.parametrize(("outputs", "inputs"), [(37, 67), (200, 896), (500, 96), (21, 3333)])
+# Triton has a test of its own, below.
+@pytest.mark.parametrize("backend", [name for name in variants() if name != "triton"], indirect=True)
 def test_rows_do_not_depend_on_the_batch(
     backend: str, dtype: torch.dtype, outputs: int, inputs: int, threads
 ) -> None:
-    if backend == "triton":
-        pytest.skip("has a test of its own, below")
     skip_unless_invariant(backend)
     skip_unless_computed(backend, dtype)
     x, weight, bias = random_inputs(257, outputs, inputs, dtype)
@@ -159,18 +159,21 @@ def sums_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SMALL = [(70, 67), (40, 700), (9, 1410)]
 REAL = [(2048, 1536), (17920, 1536), (1536, 8960), (896, 4864)]
+# Each case compiles six kernels: on a GPU one dtype of the large ones is enough.
+OF_TILES = [
+    (*size, dtype)
+    for size in (SMALL if INTERPRETING else SMALL[:1])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+] + [(*size, torch.bfloat16) for size in (() if INTERPRETING else REAL)]
 
 
-@DTYPES
 @pytest.mark.parametrize("name", ["triton"])
-@pytest.mark.parametrize(("outputs", "inputs"), SMALL if INTERPRETING else SMALL[:1] + REAL)
+@pytest.mark.parametrize(("outputs", "inputs", "dtype"), OF_TILES)
 def test_bits_do_not_depend_on_the_tile(
     name: str, dtype: torch.dtype, outputs: int, inputs: int, sums_in_order: None, monkeypatch
 ) -> None:
     """Every tile, with splits spread over programs and walked by one."""
     skip_unless_computed(name, dtype)
-    if (outputs, inputs) in REAL and dtype != torch.bfloat16:
-        pytest.skip("one dtype is enough: each compiles six kernels")
     from elastic_decode.kernels.linear import triton as module
 
     with torch.device(device_of(name)):
