@@ -23,6 +23,117 @@ def _find_row(query_start, num_rows, value, QUERIES: tl.constexpr):
     return low - 1
 
 
+@triton.jit
+def _store(out, place, live, sums, acc, HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr):
+    d_ids = tl.arange(0, D_PAD)
+    result = acc / tl.where(sums == 0.0, 1.0, sums)[:, None]
+    out_at = out + place[:, None] * HEAD_DIM + d_ids[None, :]
+    tl.store(out_at, result.to(out.dtype.element_ty), mask=live[:, None] & (d_ids < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def _sweep(
+    q_tile,
+    k_cache,
+    v_cache,
+    table,
+    partial_out,
+    partial_sums,
+    kv_head,
+    position,
+    live,
+    place,
+    last,
+    oldest,
+    least,  # position of the tile's first query
+    first_split,
+    step,
+    begin_block,
+    end_block,
+    num_splits,
+    top_all,
+    sums_all,
+    acc_all,
+    scale_log2e,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D_PAD: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    FP8_BITS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPREAD: tl.constexpr,
+    WATCH: tl.constexpr,
+):
+    """Splits first_split, first_split + step, … by blocks begin_block … end_block - 1 of theirs: each is
+    stored where SPREAD, otherwise added to (top_all, sums_all, acc_all). These are returned and, where WATCH,
+    1 if there was a NaN or an infinity among values that not every query sees, else 0."""
+    BLOCKS: tl.constexpr = SPLIT // BLOCK_N
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    sums = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
+    found = 0
+    for block in range(begin_block, end_block):  # one loop, so that loads run ahead over the ends of splits
+        split = first_split + block // BLOCKS * step
+        begin = split * SPLIT + block % BLOCKS * BLOCK_N
+        fresh = block % BLOCKS == 0
+        top = tl.where(fresh, float("-inf"), top)
+        sums = tl.where(fresh, 0.0, sums)
+        acc = tl.where(fresh, 0.0, acc)
+        top, sums, acc, v = attend_block(
+            q_tile,
+            k_cache,
+            v_cache,
+            table,
+            kv_head,
+            begin,
+            last,
+            oldest,
+            position,
+            top,
+            sums,
+            acc,
+            scale_log2e,
+            KV_HEADS,
+            HEAD_DIM,
+            D_PAD,
+            PAGE_SIZE,
+            WINDOW,
+            PRODUCT,
+            FP8_BITS,
+            BLOCK_N,
+            WHOLE=False,
+        )
+        if WATCH:
+            apart = begin + BLOCK_N > least + 1
+            if WINDOW > 0:
+                apart |= begin <= last - WINDOW
+            if apart:
+                wide = v.to(tl.float32)
+                found |= tl.max((wide - wide != 0.0).to(tl.int32))
+        if (block % BLOCKS == BLOCKS - 1) | (block == end_block - 1):
+            if SPREAD:
+                store_split(
+                    partial_out,
+                    partial_sums,
+                    place,
+                    live,
+                    split,
+                    num_splits,
+                    top,
+                    sums,
+                    acc,
+                    HEAD_DIM,
+                    D_PAD,
+                )
+            else:
+                top_all, sums_all, acc_all = fold(top_all, sums_all, acc_all, top, sums, acc)
+    return top_all, sums_all, acc_all, found
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def attend_kernel(
     q,
@@ -126,64 +237,93 @@ def attend_kernel(
     if first_split >= end_split:
         end_block = 0
 
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    sums = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
     table = page_table + row.to(tl.int64) * table_stride
-    for block in range(begin_block, end_block):  # one loop, so that loads run ahead over the ends of splits
-        split = first_split + block // BLOCKS * step
-        fresh = block % BLOCKS == 0
-        top = tl.where(fresh, float("-inf"), top)
-        sums = tl.where(fresh, 0.0, sums)
-        acc = tl.where(fresh, 0.0, acc)
-        top, sums, acc = attend_block(
-            q_tile,
-            k_cache,
-            v_cache,
-            table,
-            kv_head,
-            split * SPLIT + block % BLOCKS * BLOCK_N,
-            last,
-            oldest,
-            position,
-            offset + first + 1,
-            top,
-            sums,
-            acc,
-            scale_log2e,
-            KV_HEADS,
-            HEAD_DIM,
-            D_PAD,
-            PAGE_SIZE,
-            WINDOW,
-            PRODUCT,
-            FP8_BITS,
-            BLOCK_N,
-            WHOLE=False,
-            APART=QUERIES > 1,
-        )
-        if (block % BLOCKS == BLOCKS - 1) | (block == end_block - 1):
-            if SPREAD:
-                store_split(
-                    partial_out,
-                    partial_sums,
-                    place,
-                    live,
-                    split,
-                    num_splits,
-                    top,
-                    sums,
-                    acc,
-                    HEAD_DIM,
-                    D_PAD,
-                )
-            else:
-                top_all, sums_all, acc_all = fold(top_all, sums_all, acc_all, top, sums, acc)
-
+    _top, sums, acc, odd = _sweep(
+        q_tile,
+        k_cache,
+        v_cache,
+        table,
+        partial_out,
+        partial_sums,
+        kv_head,
+        position,
+        live,
+        place,
+        last,
+        oldest,
+        offset + first,
+        first_split,
+        step,
+        begin_block,
+        end_block,
+        num_splits,
+        top_all,
+        sums_all,
+        acc_all,
+        scale_log2e,
+        KV_HEADS,
+        HEAD_DIM,
+        D_PAD,
+        PAGE_SIZE,
+        WINDOW,
+        PRODUCT,
+        FP8_BITS,
+        SPLIT,
+        BLOCK_M,
+        BLOCK_N,
+        SPREAD,
+        WATCH=QUERIES > 1,
+    )
     if not SPREAD:
-        result = acc_all / tl.where(sums_all == 0.0, 1.0, sums_all)[:, None]
-        out_at = out + place[:, None] * HEAD_DIM + d_ids[None, :]
-        tl.store(out_at, result.to(out.dtype.element_ty), mask=q_live)
+        _store(out, place, live, sums, acc, HEAD_DIM, D_PAD)
+    if QUERIES > 1:
+        # A weight of 0 does not keep a NaN or an infinity out of a product. Once more, then, a query at a
+        # time: values that it does not see are not loaded.
+        again = tl.where(odd > 0, QUERIES, 0)
+        for alone in range(again):
+            one = live & (query == first + alone)
+            at = tl.max(tl.where(one, position, -1))
+            since = 0
+            if WINDOW > 0:
+                since = tl.maximum(at - WINDOW + 1, 0)
+            _top, sums, acc, _odd = _sweep(
+                q_tile,
+                k_cache,
+                v_cache,
+                table,
+                partial_out,
+                partial_sums,
+                kv_head,
+                tl.where(one, position, -1),
+                one,
+                place,
+                at,
+                since,
+                at,
+                first_split,
+                step,
+                begin_block,
+                end_block,
+                num_splits,
+                top_all,
+                sums_all,
+                acc_all,
+                scale_log2e,
+                KV_HEADS,
+                HEAD_DIM,
+                D_PAD,
+                PAGE_SIZE,
+                WINDOW,
+                PRODUCT,
+                FP8_BITS,
+                SPLIT,
+                BLOCK_M,
+                BLOCK_N,
+                SPREAD,
+                WATCH=False,
+            )
+            if not SPREAD:
+                _store(out, place, one, sums, acc, HEAD_DIM, D_PAD)
 
 
 @triton.jit(do_not_specialize=COUNTS)

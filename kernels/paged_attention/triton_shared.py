@@ -92,7 +92,7 @@ def shared_kernel(
             sums = tl.where(fresh, 0.0, sums)
             acc = tl.where(fresh, 0.0, acc)
             begin = split * SPLIT + within * BLOCK_N
-            top, sums, acc = attend_block(
+            top, sums, acc, _v = attend_block(
                 q_tile,
                 k_cache,
                 v_cache,
@@ -102,7 +102,6 @@ def shared_kernel(
                 begin,
                 begin,
                 row,
-                begin,
                 top,
                 sums,
                 acc,
@@ -116,7 +115,6 @@ def shared_kernel(
                 FP8_BITS,
                 BLOCK_N,
                 WHOLE=True,
-                APART=False,
             )
             if within == BLOCKS - 1:
                 store_split(

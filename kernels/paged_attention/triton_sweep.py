@@ -28,7 +28,6 @@ def attend_block(
     last,  # newest position that any row of the tile sees
     oldest,  # least
     position,  # newest that each row sees
-    seen_by_all,  # keys from here on are not seen by every row
     top,
     sums,
     acc,
@@ -42,10 +41,9 @@ def attend_block(
     FP8_BITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WHOLE: tl.constexpr,  # every row sees every key of the block
-    APART: tl.constexpr,  # rows may see different keys
 ):
     """The keys begin … begin + BLOCK_N - 1 added to (maximum, sum of weights, weighted sum of V): online
-    softmax, base 2 (Milakov and Gimelshein 2018)."""
+    softmax, base 2 (Milakov and Gimelshein 2018). Returns these and the values."""
     key = begin + tl.arange(0, BLOCK_N)
     d_ids = tl.arange(0, D_PAD)
     d_live = d_ids < HEAD_DIM
@@ -74,23 +72,8 @@ def attend_block(
     weights = tl.exp2(scores - safe[:, None])
     sums = tl.fma(sums, decay, tl.sum(weights, axis=1))
     v = converted(tl.load(v_cache + at, mask=kv_live, other=NOTHING), PRODUCT, FP8_BITS)
-    decayed = acc * decay[:, None]
-    acc = tl.dot(weights.to(PRODUCT), v, decayed, input_precision="ieee")
-    if APART:
-        # A weight of 0 does not keep a NaN or an infinity out of the product: where rows see different keys,
-        # one is let through (as NaN) to the rows that see it alone.
-        apart = begin + BLOCK_N > seen_by_all
-        if WINDOW > 0:
-            apart |= begin <= last - WINDOW
-        if apart:
-            wide = v.to(tl.float32)
-            odd = wide - wide != 0.0
-            if tl.max(odd.to(tl.int32)) > 0:
-                even = tl.where(odd, 0.0, wide).to(PRODUCT)
-                acc = tl.dot(weights.to(PRODUCT), even, decayed, input_precision="ieee")
-                hits = tl.dot(seen.to(PRODUCT), odd.to(PRODUCT), input_precision="ieee")
-                acc = tl.where(hits > 0, float("nan"), acc)
-    return highest, sums, acc
+    acc = tl.dot(weights.to(PRODUCT), v, acc * decay[:, None], input_precision="ieee")
+    return highest, sums, acc, v
 
 
 @triton.jit

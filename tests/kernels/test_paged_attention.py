@@ -32,8 +32,20 @@ def check(case: Case, backend: str, window: int | None = None) -> None:
         return
     exact = pytorch_attention(case, torch.float64, window)
     baseline = pytorch_attention(case, case.q.dtype, window)
+    # On a GPU exp2 is approximate, and float32 scores are rounded in another order than the CPU's.
+    floor = score_floor(case) if device_of(backend).type == "cuda" else None
     for isa in each_isa() if backend == "cpu" else [backend]:
-        assert_close(case.run(backend, window=window), exact, baseline, what=isa)
+        assert_close(case.run(backend, window=window), exact, baseline, floor=floor, what=isa)
+
+
+def score_floor(case: Case) -> float | None:
+    """For float32: a score's rounding, of one unit in its last place, moves a weight by as much relatively;
+    the largest score is at most the product of the norms."""
+    if case.q.dtype != torch.float32:
+        return None
+    k, v = (cache.float().nan_to_num() for cache in (case.k_cache, case.v_cache))
+    most = case.q.norm(dim=-1).max() * k.norm(dim=-1).max() * case.q.shape[-1] ** -0.5
+    return float(torch.finfo(torch.float32).eps * most * v.abs().max())
 
 
 def each_isa() -> Iterator[str]:
@@ -290,7 +302,8 @@ def test_rows_of_groups(backend: str, window: int | None) -> None:
     """The result is the plain call's: tests/kernels/test_paged_attention_bits.py has the rest."""
     case, shared = make_groups(GROUPS, heads=4, kv_heads=2, head_dim=16)
     exact, baseline = (pytorch_attention(case, dtype, window) for dtype in (torch.float64, torch.float32))
-    assert_close(case.run(backend, window=window, shared=shared), exact, baseline)
+    floor = score_floor(case) if device_of(backend).type == "cuda" else None
+    assert_close(case.run(backend, window=window, shared=shared), exact, baseline, floor=floor)
 
 
 def test_shared_prefixes_through_the_compiled_op() -> None:

@@ -122,6 +122,21 @@ def test_extreme_scores(backend: str) -> None:
     assert torch.equal(one_by_one(case, backend, None), out)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, of infinities
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("backend", TRITON)
+def test_values_that_are_no_numbers(backend: str, window: int | None) -> None:
+    """In a chunk they reach the tokens, and there the elements, that they reach one token at a time."""
+    case = make_case([(140, 12)], heads=4, kv_heads=1, head_dim=16)
+    for position, element, value in [(3, 0, torch.inf), (131, 1, torch.nan), (134, 2, -torch.inf)]:
+        case.v_cache[case.page_table[0, position // 16], position % 16, 0, element] = value
+    out = case.run(backend, window=window)
+    assert torch.equal(out.isfinite()[:, 0, :3].sum(0) > 0, torch.tensor([window is not None, True, True]))
+    assert out[:, :, 3:].isfinite().all()
+    one = one_by_one(case, backend, window)
+    assert torch.equal(out.nan_to_num(nan=1e9), one.nan_to_num(nan=1e9))
+
+
 @pytest.mark.parametrize("window", [None, 300])
 @pytest.mark.parametrize("backend", TRITON)
 def test_how_splits_are_walked(backend: str, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
