@@ -39,10 +39,9 @@ def _finish_kernel(
     PENALTIES: tl.constexpr, BANS: tl.constexpr, BIASES: tl.constexpr,
     BAN_PAD: tl.constexpr, BIAS_PAD: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
     TILE_PAD: tl.constexpr, GROUP_PAD: tl.constexpr, HOT: tl.constexpr, BLOCK: tl.constexpr,
-    CAPACITY: tl.constexpr,
+    CAPACITY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    entry = tl.load(ring_index).to(tl.int64) * ring_width + row
     one = tl.arange(0, 1)  # the machine works on blocks: of one row here
     slot = tl.load(slots + row).to(tl.int64)
     its_slot = slot + one
@@ -51,6 +50,9 @@ def _finish_kernel(
     program = programs + safe * layout.PROGRAM_WORDS
     active = is_running(words, its_slot)
     loaded = load_rows(words, program, automata, active)
+    if PDL:  # so far nothing that the scan writes
+        tl.extra.cuda.gdc_wait()
+    entry = tl.load(ring_index).to(tl.int64) * ring_width + row
     if tl.max(active.to(tl.int32), axis=0) > 0:
         drawing = active & (is_forced(words, active) == 0)
         token, lse, draw_logprob = finish_row(
@@ -95,10 +97,8 @@ def draw(
     if logits.shape[0] == 0:
         ring.index.add_(1).remainder_(length)
         return
-    arguments, constexprs = scan(logits, slots, positions, table, machine.state, ring.index, length)
-    _finish_kernel[(logits.shape[0],)](
-        *machine, *ring, width, *arguments, **constexprs, **triton_finish.OPTIONS
-    )
+    arguments, named = scan(logits, slots, positions, table, machine.state, ring.index, length)
+    _finish_kernel[(logits.shape[0],)](*machine, *ring, width, *arguments, **named, **triton_finish.OPTIONS)
 
 
 def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
@@ -106,10 +106,16 @@ def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
     types = signature("i32:16") | dict.fromkeys(("ring_logprobs", "ring_sampling_logprobs"), "*fp32")
     types |= dict.fromkeys(("programs", "automata", "ring_tokens", "ring_flags"), "*i32")
     types["ring_width"] = "i32"
-    for name, shared in (("plain", constants(False, 0, 0)), ("every option", constants(True, 8, 16))):
+    few, many = constants(False, 0, 0), constants(True, 8, 16)
+    for name, shared, dependent in (
+        ("plain", few, False),
+        ("every option", many, False),
+        ("dependent on sm_90", few, True),
+    ):
         for part, kernel, constexprs, options in (
             ("scan", triton_scan.scan_kernel, triton_scan.machine(True), triton_scan.OPTIONS),
             ("finish", _finish_kernel, sizes(75), triton_finish.OPTIONS),
         ):
             chosen = {key: types[key] for key in kernel.arg_names if key in types}
-            yield f"{part} {name}", kernel, chosen, shared | constexprs, options
+            constexprs = shared | constexprs | {"PDL": dependent}
+            yield f"{part} {name}", kernel, chosen, constexprs, options | {"launch_pdl": dependent}

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..gpu import why_no_triton
+from ..gpu import dependent_launch, why_no_triton
 from . import Sampled, SamplingTable, empty, triton_finish, triton_scan
 from .triton_finish import finish_row
 
@@ -29,7 +29,7 @@ class Work(NamedTuple):
     partial: torch.Tensor  # float32 [R, 5, T]
     best_id: torch.Tensor  # int32 [R, T]
     group_max: torch.Tensor  # float32 [R, T * TILE / GROUP]
-    hot_groups: torch.Tensor  # int32, as group_max
+    hot_groups: torch.Tensor  # int32 [R, T * TILE / GROUP + 1]
     listed: torch.Tensor  # float32 [R, CAPACITY]
     listed_ids: torch.Tensor  # int32 [R, CAPACITY]
 
@@ -43,7 +43,7 @@ def work_space(rows: int, tiles: int, device: torch.device) -> Work:
         space(torch.float32, rows, 5, tiles),
         space(torch.int32, rows, tiles),
         space(torch.float32, rows, groups),
-        space(torch.int32, rows, groups),
+        space(torch.int32, rows, groups + 1),
         space(torch.float32, rows, capacity),
         space(torch.int32, rows, capacity),
     )
@@ -59,10 +59,12 @@ def _finish_kernel(
     PENALTIES: tl.constexpr, BANS: tl.constexpr, BIASES: tl.constexpr,
     BAN_PAD: tl.constexpr, BIAS_PAD: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
     TILE_PAD: tl.constexpr, GROUP_PAD: tl.constexpr, HOT: tl.constexpr, BLOCK: tl.constexpr,
-    CAPACITY: tl.constexpr,
+    CAPACITY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     token = -1
     lse = 0.0
     logprob = 0.0
@@ -89,14 +91,17 @@ def scan(
     ring_index: torch.Tensor | None = None,
     ring_length: int = 1,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The first launch, of one row or more. With `state`, rows that have finished are idle, forced ones get
-    lse only, and ring_index is advanced. Returns the arguments and constexprs of the second launch."""
+    """The first launch, of one row or more; returns the arguments of the second, positional and by name.
+
+    With `state`, rows that have finished are idle, forced ones get lse only, and ring_index is advanced.
+    """
     rows, vocab = logits.shape
     shared = constants(table.output_counts is not None, table.ban_ids.shape[1], table.bias_ids.shape[1])
     tiles = triton.cdiv(vocab, triton_scan.TILE)
     each = triton_scan.tiles_a_program(rows, tiles, logits.device)
     work = work_space(rows, tiles, logits.device)
     common = (logits, slots, positions, *(logits if part is None else part for part in table))
+    launch = dependent_launch(logits.device)
     triton_scan.scan_kernel[(triton.cdiv(tiles, each), rows)](
         *common,
         slots if state is None else state,
@@ -109,8 +114,9 @@ def scan(
         **shared,
         **triton_scan.machine(state is not None),
         **triton_scan.OPTIONS,
+        **launch,
     )
-    return (*common, *work, vocab, tiles), shared | sizes(tiles)
+    return (*common, *work, vocab, tiles), shared | sizes(tiles) | launch
 
 
 def sample(
@@ -125,8 +131,8 @@ def sample(
     if out is None:
         out = empty(logits)
     if logits.shape[0] > 0:
-        arguments, constexprs = scan(logits, slots, positions, table)
-        _finish_kernel[(logits.shape[0],)](*out, *arguments, **constexprs, **triton_finish.OPTIONS)
+        arguments, named = scan(logits, slots, positions, table)
+        _finish_kernel[(logits.shape[0],)](*out, *arguments, **named, **triton_finish.OPTIONS)
     return out
 
 
@@ -161,11 +167,12 @@ def compile_cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
         for suffix, kind in (("", "i32:16"), (" odd vocabulary", "i32")):
             types = signature(kind)
             kernel = triton_scan.scan_kernel
-            constexprs = shared | triton_scan.machine(False)
+            constexprs = shared | triton_scan.machine(False) | {"PDL": False}
             chosen = {key: types[key] for key in kernel.arg_names if key in types}
             yield f"scan {name}{suffix}", kernel, chosen, constexprs, triton_scan.OPTIONS
         chosen = {key: (types | results)[key] for key in _finish_kernel.arg_names if key in types | results}
-        yield f"finish {name}", _finish_kernel, chosen, shared | sizes(75), triton_finish.OPTIONS
+        constexprs = shared | sizes(75) | {"PDL": False}
+        yield f"finish {name}", _finish_kernel, chosen, constexprs, triton_finish.OPTIONS
 
 
 def signature(vocab: str) -> dict[str, str]:

@@ -4,13 +4,14 @@ It leaves, a tile of TILE ids: the raw maximum and mass (for lse); the same afte
 the best score and its id, for rows that need no filter; the maxima of GROUP ids each, for rows that do.
 
 Bytes a row, V = 151,936: 608 kB of logits read (with penalties 5 bytes an id more: 760 kB), 1.5 kB of partial
-results written, and with a filter 19 kB of maxima. Predicted at 3 TB/s: 0.2 us a row, so 52 us for 256 rows;
-one row is 75 programs, which is latency: 3 us. Greedy and filtered rows do about 15 instructions an id, which
-hides behind the reading. Noise does not: Philox is 10 an id and the two logarithms 35, so drawing every id
-would take about 100 us for 256 rows. Hence a tile whose ids cannot win is left without noise: with u its
-uniform, an id's score y + G is at most y - log u, as E = -log(1 - u) >= u; it is compared with the best of
-the tiles that the program has seen. Of n tiles a program, about 1 + 1/2 + … + 1/n are drawn. That leaves the
-winner as it is: how many tiles a program has changes no bit.
+results written, and with a filter 19 kB of maxima. Predicted, nothing being timed yet: at 3 TB/s 0.2 us a
+row, so 52 us for 256 greedy or filtered rows, which do some 15 instructions an id; one row is 75 programs,
+which is latency: 3 us. Noise is more: Philox is 15 instructions an id and the two logarithms 35, so that to
+draw every id of 256 rows would take 130 us. Hence a tile whose ids cannot win is left without noise: with u
+its uniform, an id's score y + G is at most y - log u, as E = -log(1 - u) >= u; it is compared with the best
+of the tiles that the program has seen, first for the smallest u there is, then for each id's own. Of n tiles
+a program, about 1 + 1/2 + … + 1/n are drawn: 85 us. The winner stays as it is: how many tiles a program has
+changes no bit.
 """
 
 from typing import Any
@@ -112,7 +113,12 @@ def scan_kernel(
     PENALTIES: tl.constexpr, BANS: tl.constexpr, BIASES: tl.constexpr,
     BAN_PAD: tl.constexpr, BIAS_PAD: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
     MACHINE: tl.constexpr, FINISH: tl.constexpr, FORCED_LEFT: tl.constexpr, STATE_WORDS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        # In this order: what the second launch reads before it waits in turn was there before this one.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     span = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     slot = tl.load(slots + row).to(tl.int64)
@@ -168,27 +174,28 @@ def scan_kernel(
                 tl.store(out + 3 * num_tiles, mass)
             if (scale > 0) & filtered:
                 groups = tl.max(tl.reshape(x, [TILE // GROUP, GROUP]), axis=1)
-                at = (row * num_tiles + tile) * (TILE // GROUP) + tl.arange(0, TILE // GROUP)
-                tl.store(group_max + at, groups)
+                to = (row * num_tiles + tile) * (TILE // GROUP) + tl.arange(0, TILE // GROUP)
+                tl.store(group_max + to, groups)
             else:
                 best = float("-inf")
                 if scale > 0:
-                    word = words(start, key, index, position, TILE)
                     drawn = 1
                     if bound > float("-inf"):
                         # Allowing for rounding. What overflows or is NaN is drawn.
-                        rest = bound - top * inverse
-                        least = tl.exp(1e-3 + 1e-6 * tl.abs(bound) - rest)
-                        lost = word.to(tl.float32) * 2.3283064365386963e-10 > weight * least
-                        drawn = 1 - tl.min(lost.to(tl.int32), axis=0)
+                        least = tl.exp(1e-3 + 1e-6 * tl.abs(bound) - (bound - top * inverse))
+                        drawn = 0
+                        if (least < 1.1e-10) == 0:  # below, it would take a u of less than 2^-33
+                            word = words(start, key, index, position, TILE)
+                            lost = word.to(tl.float32) * 2.3283064365386963e-10 > weight * least
+                            drawn = 1 - tl.min(lost.to(tl.int32), axis=0)
                     if drawn > 0:
-                        y += gumbel(word)
-                        best = tl.max(y, axis=0)
-                        tl.store(best_id + row * num_tiles + tile, start + tl.argmax(y, axis=0))
+                        y += gumbel(words(start, key, index, position, TILE))
+                        best, at = tl.max(y, axis=0, return_indices=True)
+                        tl.store(best_id + row * num_tiles + tile, start + at)
                     bound = tl.maximum(bound, top * inverse + best)
                 else:
-                    best = tl.max(y, axis=0)
-                    tl.store(best_id + row * num_tiles + tile, start + tl.argmax(y, axis=0))
+                    best, at = tl.max(y, axis=0, return_indices=True)
+                    tl.store(best_id + row * num_tiles + tile, start + at)
                 tl.store(out + 4 * num_tiles, best)
 
 
