@@ -136,6 +136,22 @@ def test_scale_and_a_wider_table(run: Run) -> None:
     assert torch.equal(run(replace(case, page_table=wide[:, : case.page_table.shape[1]])), expected)
 
 
+@pytest.mark.parametrize("window", [None, 8500])
+def test_more_splits_than_the_fold_takes_at_once(run: Run, window: int | None) -> None:
+    check(run, make([(n, 1) for n in (8192, 8193, 9000)], heads=1, kv_heads=1, head_dim=16), window)
+
+
+@pytest.mark.parametrize("run", ["emulated"], indirect=True)
+def test_the_fold_under_every_schedule(run: Run, cuda_on_cpu) -> None:
+    case = make([(8600, 1)], heads=1, kv_heads=1, head_dim=128)
+    results = []
+    for seed in (0, 1, 2):
+        cuda_on_cpu.set_schedule(seed)
+        results.append(run(case))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
 def test_extreme_scores(run: Run) -> None:
     """Weights of whole splits are 0, and the maxima of splits are further apart than exp can hold."""
     case = make([(1030, 1), (600, 1)], head_dim=32)
