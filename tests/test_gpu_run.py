@@ -62,6 +62,18 @@ def test_one_backend(tmp_path):
     assert "== 0 failed, 1 passed, 0 skipped of 1 in" in output, output
 
 
+def test_a_tool_that_finds_something_is_a_problem_though_all_tests_pass(tmp_path):
+    """compute-sanitizer runs the program, prints what it found and ends with a status of its own."""
+    tool = tmp_path / "tool.py"
+    tool.write_text("import subprocess, sys\nsubprocess.run(sys.argv[1:])\nprint('a race')\nsys.exit(99)")
+    under = ("--processes", "1", "--part", "--under", f"{sys.executable} {tool}")
+    code, output, _ = run(tmp_path, *under, tests="def test_a(): pass")
+    assert code == 1
+    assert "exit status 99" in output
+    assert "a race" in output
+    assert "== 0 failed, 1 passed" in output
+
+
 def test_out_of_time_is_said_and_is_a_failure(tmp_path):
     slow = "import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)"
     options = ("--processes", "1", "--minutes", "0.12")
