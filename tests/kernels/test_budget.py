@@ -68,7 +68,7 @@ def assert_equal_runs(want: Run, have: Run, note: str) -> None:
 def compare(rng: random.Random, backend: str, num_slots: int, steps: int, seen: Counter) -> None:
     """Runs `num_slots` random programs for `steps` steps on the reference and on `backend`."""
     tables = random_tables(rng, num_slots)
-    generator = torch.Generator().manual_seed(rng.getrandbits(32))
+    generator = torch.Generator("cpu").manual_seed(rng.getrandbits(32))
     temperature = torch.rand(num_slots, generator=generator) * 2
     temperature[torch.rand(num_slots, generator=generator) < 0.3] = 0.0
     want, have = (Run(tables, name, num_slots + 1) for name in ("reference", backend))

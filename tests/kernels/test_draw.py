@@ -70,7 +70,7 @@ def random_sampling(rng: random.Random, num_slots: int, vocab: int, *, penalties
             table.bias_values[slot, column] = rng.uniform(-4, 4)
     if not penalties:
         return table
-    shape, generator = (num_slots, vocab), torch.Generator().manual_seed(rng.getrandbits(32))
+    shape, generator = (num_slots, vocab), torch.Generator("cpu").manual_seed(rng.getrandbits(32))
     counts = torch.randint(0, 3, shape, generator=generator, dtype=torch.int32, device="cpu")
     mask = torch.randint(0, 2, shape, generator=generator, dtype=torch.uint8, device="cpu")
     return table._replace(output_counts=counts, prompt_mask=mask)
@@ -153,7 +153,7 @@ def compare_runs(
     for slot, start in enumerate(tables.starts):
         enter_start(tables.state[slot], tables.programs[slot], tables.automata, start)
     table = random_sampling(rng, num_slots, vocab, penalties=penalties)
-    generator = torch.Generator().manual_seed(rng.getrandbits(32))
+    generator = torch.Generator("cpu").manual_seed(rng.getrandbits(32))
     ring = poisoned_ring(3, num_slots + 1)
     machine = Machine(tables.state, tables.programs, tables.automata)
     want, have = (way(name, table, machine, ring) for way, name in zip(ways, backends, strict=True))
@@ -377,7 +377,7 @@ def test_counts_reach_the_next_draw(backend):
 def test_a_vocabulary_of_a_quarter_million(backend):
     """Greedy, plain and filtered rows, against the reference's `sample`."""
     vocab, rows = 262_144, 4
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     table = make_table(rows, device="cpu")
     table.temperature[:] = torch.tensor([0, 1, 0.6, 0.6], device="cpu")
     table.top_p[2], table.top_k[3], table.seed[:] = 0.95, 20, 5
@@ -412,7 +412,7 @@ def fresh(vocab: int = 9, slots: int = 3) -> tuple:
         enter_start(tables.state[slot], tables.programs[slot], tables.automata, start)
     machine = Machine(tables.state, tables.programs, tables.automata)
     return (
-        torch.randn(slots, vocab, generator=torch.Generator().manual_seed(2)),
+        torch.randn(slots, vocab, generator=torch.Generator("cpu").manual_seed(2)),
         torch.arange(slots, dtype=torch.int32),
         torch.arange(slots, dtype=torch.int32),
         greedy_table(slots, vocab),
