@@ -1,0 +1,67 @@
+"""What the trainer trains on, as plain data: a sample of a prompt, and the group that shares one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from elastic_decode.core import FinishReason, ThinkEnd
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One completion with what a loss needs. Raises ValueError where its parallel tuples differ in length.
+
+    token_ids, logprobs, sampling_logprobs, forced, loss_mask: an entry an output token, a final EOS included;
+    the first four as in `Completion`. loss_mask: the token is trained on (False where forced, unless
+    train_on_forced). think_tokens and solve_tokens count sampled tokens. think_budget, solve_budget: what the
+    sample was decoded under, None = unlimited. rewards: by reward function. reward: their weighted sum over
+    those that are not None; None = unscorable, or not scored yet: never a 0, and never in a mean.
+    """
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    sampling_logprobs: tuple[float, ...]
+    forced: tuple[bool, ...]
+    loss_mask: tuple[bool, ...]
+    text: str
+    thinking: str
+    solution: str
+    think_tokens: int
+    solve_tokens: int
+    think_end: ThinkEnd
+    finish_reason: FinishReason
+    think_budget: int | None
+    solve_budget: int | None
+    seed: int
+    weight_epoch: int
+    rewards: Mapping[str, float | None] = field(default_factory=dict)
+    reward: float | None = None
+
+    def __post_init__(self) -> None:
+        parallel = ("token_ids", "logprobs", "sampling_logprobs", "forced", "loss_mask")
+        lengths = {name: len(getattr(self, name)) for name in parallel}
+        if len(set(lengths.values())) > 1:
+            said = ", ".join(f"{name} {length}" for name, length in lengths.items())
+            raise ValueError(f"a sample's parallel tuples must be of one length, got {said}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """All samples of one prompt in one step: what a group-relative advantage is relative to.
+
+    index: the dataset's row. step: the trainer's step. columns: the row without its prompt, as the reward
+    functions saw it.
+    """
+
+    index: int
+    step: int
+    samples: tuple[Sample, ...]
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rewards(self) -> tuple[float | None, ...]:
+        """Of every sample, in order; None where unscorable."""
+        return tuple(sample.reward for sample in self.samples)

@@ -1,0 +1,194 @@
+"""Rewards that look at length: the rivals of budget-constrained training, so that one trainer has them all.
+
+Each is a reward function in TRL's signature, f(prompts, completions, completion_ids, **columns) ->
+list[float | None], made with its settings; a dataclass, so that it can be sent to a worker process. Where
+correctness matters it comes from `correct`, another reward function, called with the same arguments: above
+`threshold` counts as correct, and None stays None. Length is the number of a completion's tokens, delimiters,
+forced tokens and EOS included, or a column (`length="think_tokens"`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from elastic_decode.core import Prompt
+from elastic_decode.errors import ConfigError
+
+
+class RewardFunction(Protocol):
+    def __call__(self, **kwargs: Any) -> Sequence[float | None]: ...
+
+
+def l1_suffix(tokens: int, *, exact: bool = True) -> str:
+    """What L1 (cmu-l3/l1) appends to the question: "Think for 512 tokens.", or for L1-Max "… maximum 512 …".
+
+    The paper's suffix behind its instruction, with a space before it. ConfigError unless tokens > 0.
+    """
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise ConfigError(f"L1 asks for a number of tokens >= 1, got {tokens!r}")
+    return f" Think for {tokens} tokens." if exact else f" Think for maximum {tokens} tokens."
+
+
+def with_l1_suffix(prompt: Prompt, tokens: int, *, exact: bool = True) -> Prompt:
+    """The prompt (a string or a chat) with L1's suffix behind it; in a chat, behind the last user message.
+
+    ConfigError for token ids, and for a chat without a user message whose content is a string.
+    """
+    suffix = l1_suffix(tokens, exact=exact)
+    if isinstance(prompt, str):
+        return prompt + suffix
+    messages = [message for message in prompt if isinstance(message, Mapping)]
+    if not messages or len(messages) != len(prompt):
+        raise ConfigError(
+            "L1's budget is said in words: the prompt must be a string or a chat, not token ids"
+        )
+    for place in reversed(range(len(messages))):
+        content = messages[place].get("content")
+        if messages[place].get("role") == "user" and isinstance(content, str):
+            return [
+                *messages[:place],
+                {**messages[place], "content": content + suffix},
+                *messages[place + 1 :],
+            ]
+    raise ConfigError("L1's budget goes behind the last user message, and this chat has none with a string")
+
+
+@dataclass(frozen=True, kw_only=True)
+class L1Exact:
+    """1[correct] - alpha |n - y| for a wish of n tokens and y written. L1-Exact, arXiv 2503.04697.
+
+    target: the column that says n, or one n for all. The reward contains correctness: add no other for it.
+    """
+
+    __name__: ClassVar[str] = "l1_exact"
+    correct: RewardFunction
+    target: str | int = "target_tokens"
+    alpha: float = 0.0003
+    threshold: float = 0.5
+    length: str | None = None
+
+    def __call__(self, **kwargs: Any) -> list[float | None]:
+        right = _right(self.correct, self.threshold, kwargs)
+        lengths, targets = _lengths(self.length, kwargs), _numbers(self.target, "target", kwargs)
+        return [
+            None if ok is None else float(ok) - self.alpha * abs(n - y)
+            for ok, y, n in zip(right, lengths, targets, strict=True)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class L1Max:
+    """1[correct] · clip(alpha (n - y) + delta, 0, 1) for at most n tokens, y written. L1-Max, arXiv
+    2503.04697.
+
+    With delta = 0.5 a right answer slightly over n still beats a wrong one. target: as for L1Exact. The
+    reward contains correctness: add no other for it.
+    """
+
+    __name__: ClassVar[str] = "l1_max"
+    correct: RewardFunction
+    target: str | int = "target_tokens"
+    alpha: float = 0.0003
+    delta: float = 0.5
+    threshold: float = 0.5
+    length: str | None = None
+
+    def __call__(self, **kwargs: Any) -> list[float | None]:
+        right = _right(self.correct, self.threshold, kwargs)
+        lengths, targets = _lengths(self.length, kwargs), _numbers(self.target, "target", kwargs)
+        return [
+            None if ok is None else float(ok) * min(1.0, max(0.0, self.alpha * (n - y) + self.delta))
+            for ok, y, n in zip(right, lengths, targets, strict=True)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Long2Short:
+    """Short among the samples of its prompt is good, long is bad: the length penalty of Kimi k1.5's
+    long2short, arXiv 2501.12599.
+
+    With lambda = 1/2 - (y - shortest) / (longest - shortest): lambda where correct, min(0, lambda) where not,
+    0 where all are of one length. To be added to a reward for correctness, with a weight (the paper warms it
+    up). Samples of one prompt are those whose prompts are equal; unscorable ones are left out.
+    """
+
+    __name__: ClassVar[str] = "long2short"
+    correct: RewardFunction
+    threshold: float = 0.5
+    length: str | None = None
+
+    def __call__(self, **kwargs: Any) -> list[float | None]:
+        right, lengths = _right(self.correct, self.threshold, kwargs), _lengths(self.length, kwargs)
+        groups: dict[str, list[int]] = {}
+        for index, (prompt, ok) in enumerate(zip(_column("prompts", kwargs), right, strict=True)):
+            if ok is not None:
+                groups.setdefault(json.dumps(prompt, default=str), []).append(index)
+        rewards: list[float | None] = [None] * len(right)
+        for members in groups.values():
+            shortest = min(lengths[index] for index in members)
+            longest = max(lengths[index] for index in members)
+            for index in members:
+                if longest == shortest:
+                    rewards[index] = 0.0
+                    continue
+                value = 0.5 - (lengths[index] - shortest) / (longest - shortest)
+                rewards[index] = value if right[index] else min(0.0, value)
+        return rewards
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftOverlong:
+    """0 up to longest - margin tokens, from there linearly down to -1 at `longest`, -1 past it. DAPO's soft
+    overlong punishment, arXiv 2503.14476, section 3.4 (there 20480 and 4096). To be added to a reward for
+    correctness.
+    """
+
+    __name__: ClassVar[str] = "soft_overlong"
+    longest: int
+    margin: int
+    length: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.margin <= self.longest:
+            raise ConfigError(
+                f"SoftOverlong needs 0 < margin <= longest, got margin={self.margin}, longest={self.longest}"
+            )
+
+    def __call__(self, **kwargs: Any) -> list[float | None]:
+        free = self.longest - self.margin
+        return [max(-1.0, min(0.0, (free - y) / self.margin)) for y in _lengths(self.length, kwargs)]
+
+
+def _column(name: str, kwargs: Mapping[str, Any]) -> Sequence[Any]:
+    if name not in kwargs:
+        raise ConfigError(
+            f"a length reward reads the column {name!r}, which is not there; there are {', '.join(kwargs)}"
+        )
+    return kwargs[name]
+
+
+def _right(correct: RewardFunction, threshold: float, kwargs: Mapping[str, Any]) -> list[bool | None]:
+    scores = list(correct(**kwargs))
+    expected = len(_column("completion_ids", kwargs))
+    if len(scores) != expected:
+        raise ConfigError(f"`correct` gave {len(scores)} scores for {expected} completions")
+    return [None if score is None else score > threshold for score in scores]
+
+
+def _numbers(source: str | int, name: str, kwargs: Mapping[str, Any]) -> list[int]:
+    if not isinstance(source, str):
+        return [source] * len(_column("completion_ids", kwargs))
+    values = list(_column(source, kwargs))
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ConfigError(f"{name}: the column {source!r} must hold numbers of tokens, got {value!r}")
+    return values
+
+
+def _lengths(length: str | None, kwargs: Mapping[str, Any]) -> list[int]:
+    if length is not None:
+        return _numbers(length, "length", kwargs)
+    return [len(ids) for ids in _column("completion_ids", kwargs)]
