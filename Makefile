@@ -101,9 +101,10 @@ gpu-bench: gpu-build
 
 # Each tool instruments our kernels only. It slows them tenfold and more, so what has run when the time is up is told,
 # in an order without meaning, and counts.
-SANITIZE = $(GPU_PYTHON) tests/gpu/run.py --backend cuda --part --minutes 3.5 $(ARGS) --under "compute-sanitizer \
+SANITIZE = $(GPU_PYTHON) tests/gpu/run.py --backend cuda --part --minutes 3.5 $(ARGS) \
+	--finds '^========= +(Invalid|Misaligned|Error: |Race reported)' --under "compute-sanitizer \
 	$$(compute-sanitizer --help | grep -q -- --kernel-name && echo --kernel-name kns=elastic_decode) \
-	--error-exitcode 99 --print-limit 5
+	--error-exitcode 99 --print-limit 5 --report-api-errors no
 gpu-sanitize: gpu-build
 	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is missing: it comes with CUDA" >&2; exit 1; }
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool memcheck" --name memcheck

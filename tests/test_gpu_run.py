@@ -72,6 +72,11 @@ def test_a_tool_that_finds_something_is_a_problem_though_all_tests_pass(tmp_path
     assert "exit status 99" in output
     assert "a race" in output
     assert "== 0 failed, 1 passed" in output
+    tool.write_text("import subprocess, sys\nprint('==== Race', flush=True)\nsubprocess.run(sys.argv[1:])")
+    slow = "import time\ndef test_a(): time.sleep(60)"
+    code, output, _ = run(tmp_path, *under, "--minutes", "0.1", "--finds", "^==== Race", tests=slow)
+    assert code == 1
+    assert "1 lines match '^==== Race'" in output
 
 
 def test_out_of_time_is_said_and_is_a_failure(tmp_path):

@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -186,6 +187,13 @@ class Share:
             file.write("\n" + json.dumps({"outcome": "failed", "of": test, "text": text}) + "\n")
             file.write(json.dumps({"finished": test, "seconds": 0.0}) + "\n")
 
+    def look_for(self, pattern: re.Pattern[str]) -> None:
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        found = [number for number, line in enumerate(lines) if pattern.search(line)]
+        if found:
+            text = "\n".join(f"    {line}" for line in lines[found[0] : found[0] + 12])
+            self.problems.append(f"{len(found)} lines match {pattern.pattern!r}; the first:\n{text}")
+
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):  # none is left
@@ -255,6 +263,7 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=5.5, help="stop then, with what is known (5.5)")
     parser.add_argument("--backend", default="", help="only tests with this backend among their parameters")
     parser.add_argument("--under", default="", help="a command to run the processes under")
+    parser.add_argument("--finds", default="", help="a pattern that a line of a log must not have")
     parser.add_argument("--part", action="store_true", help="running out of time is no failure")
     parser.add_argument("--name", default="tests", help="of the files with what happened, in $OUT if set")
     parser.add_argument("--slowest", type=int, default=12)
@@ -308,6 +317,9 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         for share in shares:
             share.stop()
+    if arguments.finds:  # a process that was stopped cannot say with its status what its tool has found
+        for share in shares:
+            share.look_for(re.compile(arguments.finds))
     tally = report(shares, time.monotonic() - began, in_time, arguments.slowest)
     with (folder / f"{arguments.name}.jsonl").open("w", encoding="utf-8") as file:
         for share in shares:
