@@ -313,8 +313,9 @@ def steps(
     if device == "cuda":
         ways.append((registry.choose("auto", device), True))
         ways.append((registry.choose("auto", device, batch_invariant=False), False))
-        if registry.why_not_on("draw", "cuda", device) is None:
-            ways.append((registry.choose({"draw": "cuda"}, device), False))
+        own = [op for op in ("draw", "sample", "budget") if registry.why_not_on(op, "cuda", device) is None]
+        if "draw" in own:  # with its own `sample`, or the difference would be of two implementations
+            ways.append((registry.choose(dict.fromkeys(own, "cuda"), device), False))
     for backends, dependent in ways:
         measured = decode_step.make(model, weights, backends, end + 1)
         name = f"{backends['linear']} {backends['draw']}{' dep.' if dependent else ''}"
