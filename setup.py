@@ -58,6 +58,7 @@ extension = Pybind11Extension(
 class Build(build_ext):
     def finalize_options(self) -> None:
         super().finalize_options()
+        self.force = True  # link anew (is_stale judges the objects): the file may be of a build without CUDA
         if nvcc:  # bindings.cpp comes to another object with CUDA than without
             self.build_temp += "-cuda"
 
