@@ -1,0 +1,117 @@
+"""AdamW with float32 master weights, and learning-rate schedules as functions of the step.
+
+A bfloat16 parameter has 8 bits: an update of less than 1/256 of it is rounded away, and at a learning rate of
+1e-6 nearly all are. So the optimizer keeps float32 copies, updates those, and rounds them into the module's
+own parameters, in place: an engine that shares their storage sees the new weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+
+from elastic_decode.errors import ConfigError
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+def learning_rate(step: int, *, lr: float, schedule: Schedule, warmup: int, steps: int) -> float:
+    """The rate of update `step`, counted from 0, of `steps`: up linearly over `warmup` updates, then constant,
+    or down to 0 linearly or as half a cosine.
+    """
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    if schedule == "constant":
+        return lr
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    if schedule == "linear":
+        return lr * (1 - done)
+    if schedule == "cosine":
+        return lr * 0.5 * (1 + math.cos(math.pi * done))
+    raise ConfigError(f"no schedule {schedule!r}; there are constant, linear, cosine")
+
+
+class MasterAdamW:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) over float32 copies of the parameters that need them.
+
+    Parameters with one dimension (norms, biases) are not decayed. float32 parameters are their own masters.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        if not self.parameters:
+            raise ConfigError("no parameter of the model requires a gradient: there is nothing to train")
+        self._masters = [
+            parameter
+            if parameter.dtype == torch.float32
+            else torch.nn.Parameter(parameter.detach().float().clone())
+            for parameter in self.parameters
+        ]
+        matrices = [master for master in self._masters if master.dim() > 1]
+        others = [master for master in self._masters if master.dim() <= 1]
+        self._adamw = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=lr,
+            betas=betas,
+            eps=eps,
+        )
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def step(self, lr: float) -> None:
+        """One update with the parameters' gradients, written to the parameters in place."""
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        for parameter, master in zip(self.parameters, self._masters, strict=True):
+            if master is not parameter:
+                master.grad = None if parameter.grad is None else parameter.grad.float()
+        self._adamw.step()
+        with torch.no_grad():
+            for parameter, master in zip(self.parameters, self._masters, strict=True):
+                if master is not parameter:
+                    parameter.copy_(master)
+                    master.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments and masters: with it a run goes on bit for bit."""
+        copies = [
+            None if master is parameter else master.detach()
+            for parameter, master in zip(self.parameters, self._masters, strict=True)
+        ]
+        return {"adamw": self._adamw.state_dict(), "masters": copies}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ConfigError where it is another model's."""
+        copies = state["masters"]
+        shapes = [None if copy is None else tuple(copy.shape) for copy in copies]
+        want = [
+            None if master is parameter else tuple(master.shape)
+            for parameter, master in zip(self.parameters, self._masters, strict=True)
+        ]
+        if shapes != want:
+            raise ConfigError(
+                f"the optimizer's state is of {len(shapes)} parameters that are not these {len(want)}: another "
+                "model, another dtype, or other parameters frozen"
+            )
+        self._adamw.load_state_dict(state["adamw"])
+        with torch.no_grad():
+            for parameter, master, copy in zip(self.parameters, self._masters, copies, strict=True):
+                if copy is not None:
+                    master.copy_(copy)
+                    parameter.copy_(master)
