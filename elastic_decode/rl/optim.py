@@ -19,8 +19,9 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 
 def learning_rate(step: int, *, lr: float, schedule: Schedule, warmup: int, steps: int) -> float:
-    """The rate of update `step`, counted from 0, of `steps`: up linearly over `warmup` updates, then constant,
-    or down to 0 linearly or as half a cosine.
+    """The rate of update `step`, counted from 0, of `steps`.
+
+    Up linearly over `warmup` updates; then constant, or down to 0 linearly or as half a cosine.
     """
     if step < warmup:
         return lr * (step + 1) / warmup
@@ -106,8 +107,8 @@ class MasterAdamW:
         ]
         if shapes != want:
             raise ConfigError(
-                f"the optimizer's state is of {len(shapes)} parameters that are not these {len(want)}: another "
-                "model, another dtype, or other parameters frozen"
+                f"the optimizer's state is of {len(shapes)} parameters that are not these {len(want)}: "
+                "another model, another dtype, or other parameters frozen"
             )
         self._adamw.load_state_dict(state["adamw"])
         with torch.no_grad():

@@ -7,6 +7,7 @@ mini-batch is packed into micro-batches by tokens, whose losses add up to the mi
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ def _mini_batches(rows: Sequence[Trained], updates: int) -> list[list[Trained]]:
     """`updates` runs of about as many samples each, none empty."""
     count = min(updates, len(rows))
     edges = [len(rows) * i // count for i in range(count + 1)] if count else [0]
-    return [list(rows[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    return [list(rows[a:b]) for a, b in itertools.pairwise(edges)]
 
 
 def _length(sample: Sample) -> int:

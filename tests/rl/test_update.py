@@ -158,7 +158,7 @@ def test_kl_to_a_frozen_copy_and_to_an_adapter_switched_off():
     results = []
     for reference in (frozen, switched_off):
         with torch.no_grad():
-            torch.nn.utils.vector_to_parameters(moved, model.parameters())
+            torch.nn.utils.vector_to_parameters(moved.clone(), model.parameters())
         optimizer = MasterAdamW(model.parameters(), lr=1.0)
         metrics = update(
             model, optimizer, rows(6), options(kl_coef=0.1, entropy_coef=0.01), lr=1e-3, reference=reference
