@@ -132,6 +132,9 @@ class BatchState:
         self._machine = Machine(self.state, self.programs, self._pool.tensor)
         self._shown: tuple[Any, ...] = (-1, (), None)  # what `table` was last made from, and the table
         self._automaton_of: dict[int, object] = {}
+        self.admissions = (
+            0  # how often a slot was given to a sequence: page-table rows change then, and only then
+        )
         self._admitted: dict[int, np.ndarray] = {}  # packed rows to write
         self._finished: set[int] = set()
         self._ending: set[int] = set()
@@ -210,6 +213,7 @@ class BatchState:
         )
         row[columns.seed].view(np.int64)[:] = seed
         self._admitted[slot] = row
+        self.admissions += 1
         self._finished.discard(slot)
         self._write_bias(slot, sampling, ban_ids)
         self._write_counts(slot, sampling, prompt_ids, output_ids)
