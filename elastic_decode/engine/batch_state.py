@@ -287,10 +287,11 @@ class BatchState:
         have_ban, have_bias = old.ban_ids.shape[1], old.bias_ids.shape[1]
         if num_ban_ids <= have_ban and num_bias <= have_bias:
             return
+        # Powers of two: kernels are compiled, and steps recorded, for a width.
         wide = make_table(
             self.num_slots,
-            max(have_ban, num_ban_ids),
-            max(have_bias, num_bias),
+            have_ban if num_ban_ids <= have_ban else 1 << max(2, (num_ban_ids - 1).bit_length()),
+            have_bias if num_bias <= have_bias else 1 << max(2, (num_bias - 1).bit_length()),
             device=self._device.device,
         )
 

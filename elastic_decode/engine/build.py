@@ -29,8 +29,14 @@ from elastic_decode.vocabulary import vocabulary_bytes
 
 def check_device(name: str) -> None:
     """Raises ConfigError where torch has no such device here."""
-    if torch.device(name).type == "cuda" and not torch.cuda.is_available():
+    device = torch.device(name)
+    if device.type != "cuda":
+        return
+    if not torch.cuda.is_available():
         raise ConfigError(f"device {name!r}: no CUDA device is available to torch here; use device='cpu'")
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise ConfigError(f"device {name!r}: the last that torch sees is 'cuda:{last}'")
 
 
 def choose_backends(config: EngineConfig, kv_dtype: torch.dtype) -> dict[str, str]:
@@ -74,6 +80,22 @@ def build(
     work, BackendUnproven where an op gives wrong results on this GPU.
     """
     device = open_device(config.device, graphs=config.cuda_graphs)
+    # What is made here belongs to the engine's queue, and the weights are there before it reads them,
+    # whatever stream the first call comes from.
+    with device.at_work():
+        return _build(model, weights, tokenizer, delimiters, config, device, prefix_cache=prefix_cache)
+
+
+def _build(
+    model: ModelConfig,
+    weights: Weights,
+    tokenizer: Any,
+    delimiters: Delimiters,
+    config: EngineConfig,
+    device: Device,
+    *,
+    prefix_cache: bool,
+) -> Parts:
     dtype_name = str(weights.dtype).removeprefix("torch.")
     kv_dtype = choose_dtype(config.kv_dtype, dtype_name, device.device)
     backends = choose_backends(config, kv_dtype)

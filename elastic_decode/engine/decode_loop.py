@@ -228,10 +228,9 @@ class DecodeLoop:
             on = device.device
             groups = None
             if shared:
-                # Nobody's: every row past the last group.
+                # Nobody's: every row a group of its own.
                 groups = SharedPrefixes(
-                    torch.full((rows + 1,), rows, dtype=torch.int32, device=on),
-                    torch.zeros(rows, dtype=torch.int32, device=on),
+                    self._arange[: rows + 1].clone(), torch.zeros(rows, dtype=torch.int32, device=on)
                 )
             slots = torch.full((rows,), -1, dtype=torch.int32, device=on)
             inputs = self._new_inputs(slots, groups)

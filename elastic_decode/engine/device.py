@@ -7,10 +7,10 @@ event. On the CPU (`HostDevice`) the queue is always empty: work is done as it i
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -112,7 +112,7 @@ class Device(ABC):
         """Enqueue recorded work."""
         recorded()
 
-    @contextmanager
+    @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
         """Around each call of the engine: orders its queue after the caller's work, and the caller's next
         after its own."""
@@ -214,6 +214,7 @@ class CudaDevice(Device):
         self.graphs = graphs
         self.stream = torch.cuda.Stream(device)
         self._pool: Any = None  # memory that all recorded graphs share: only one runs at a time
+        self._newest: Any = None  # the pool's last graph: PyTorch opens none again whose graphs are all gone
 
     def launch(self, work: Work) -> None:
         work()
@@ -233,11 +234,16 @@ class CudaDevice(Device):
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             work()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            self._pool = None  # it may be without a graph now
+            with contextlib.suppress(RuntimeError):  # not in the place of what went wrong first
+                graph.capture_end()
+            raise
+        graph.capture_end()
+        self._newest = graph
         return graph.replay
 
-    @contextmanager
+    @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
         caller = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(caller)
@@ -263,4 +269,6 @@ class _CudaEvent:
 def open_device(name: str, *, graphs: bool) -> Device:
     """The queue of torch device `name`."""
     device = torch.device(name)
+    if device.type == "cuda" and device.index is None:  # that of now, whatever is current at a later call
+        device = torch.device("cuda", torch.cuda.current_device())
     return CudaDevice(device, graphs=graphs) if device.type == "cuda" else HostDevice(device)

@@ -416,6 +416,18 @@ def test_warmup_records_every_shape(late):
     assert set(engine._loop._recordings.steps) == recorded
 
 
+def test_a_request_with_a_few_more_options_than_before_records_nothing_anew(late):
+    """The tensors of bans and biases, whose width steps are recorded and kernels compiled for, grow by
+    doubling."""
+    engine, _ = late(0, graphs=True)
+    versions = []
+    for count in (1, 2, 3, 4, 5):
+        sampling = SamplingParams(logit_bias=dict.fromkeys(range(count), 1.0))
+        engine.generate([1, 2, 3], budget=budgets.truncate(4), sampling=sampling)
+        versions.append(engine._loop._batch.version)
+    assert versions == [1, 1, 1, 1, 2]
+
+
 def test_the_bundled_model_late_and_recorded(monkeypatch):
     """A real decoder: float32 tokens and log-probabilities equal those of the CPU's engine."""
     from elastic_decode.tasks import countdown
@@ -465,6 +477,7 @@ def test_rows_that_share_pages_are_grouped(late, punctual, monkeypatch):
                 starts, lengths = (tensor.tolist() for tensor in batch.shared)
                 assert len(starts) == len(batch.seq_lens) + 1
                 assert len(lengths) == len(batch.seq_lens)
+                assert starts[0] == 0
                 assert starts[-1] == len(batch.seq_lens)
                 for start, end, length in zip(starts, starts[1:], lengths, strict=False):
                     assert start <= end
