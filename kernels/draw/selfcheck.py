@@ -16,6 +16,7 @@ from ..selfcheck import Finding, Random, Shapes, Use, same, within
 from . import Machine, Ring, make_ring, reference
 
 STEPS = 3
+MANY = 128  # rows that fill a GPU: a program may then take more of a row's vocabulary
 
 
 class Tables(NamedTuple):
@@ -73,9 +74,12 @@ def checks(use: Use, shapes: Shapes, random: Random, batch_invariant: bool) -> I
             positions = random.ints([100 + 11 * row + step for row in range(len(rows))])
             reference.draw(logits.cpu(), slots.cpu(), positions.cpu(), *want)
             inputs = logits, slots, positions
+            before = have.copy(random.device)
             draw(*inputs, *have)
             name = f"step {step}{' with penalties' if penalties else ''}"
             yield from _compare(name, have, want)
+            if step == STEPS - 1:
+                yield from _many(name, draw, inputs, before, want)
             if batch_invariant:
                 yield from _halves(name, draw, inputs, alone, have)
 
@@ -91,6 +95,44 @@ def _compare(name: str, have: Tables, want: Tables) -> Iterator[Finding]:
     mine, theirs = have.options.output_counts, want.options.output_counts
     if mine is not None and theirs is not None:
         yield same(f"{name}: output_counts", mine.cpu(), theirs)
+
+
+def _many(
+    name: str,
+    draw: Callable[..., None],
+    inputs: tuple[torch.Tensor, ...],
+    before: Tables,
+    want: Tables,
+) -> Iterator[Finding]:
+    """The step again with every row many times over, each time with a slot of its own."""
+    logits, slots, positions = inputs
+    count = -(-(MANY if slots.is_cuda else 24) // len(slots))
+    name = f"{name}, {count} times"
+    ring = make_ring(len(before.ring.tokens), count * len(slots), device=slots.device)
+    ring.index.copy_(before.ring.index)
+    state, programs, automata = before.machine
+    options = (
+        None if each is None else each.repeat(count, *[1] * (each.dim() - 1)) for each in before.options
+    )
+    machine = Machine(state.repeat(count, 1), programs.repeat(count, 1), automata)
+    first = torch.arange(count, dtype=torch.int32, device=slots.device)[:, None] * len(SLOTS)
+    own = torch.where(slots >= 0, slots + first, -1).flatten()
+    draw(logits.repeat(count, 1), own, positions.repeat(count), SamplingTable(*options), machine, ring)
+    wanted = want.machine.state.repeat(count, 1)
+    yield same(f"{name}: state", machine.state.cpu(), wanted)
+    at = int(want.ring.index)
+    entries = [
+        (mine[at].cpu(), theirs[at, : len(slots)].repeat(count))
+        for mine, theirs in zip(ring[:4], want.ring[:4], strict=True)
+    ]
+    valid = entries[Ring._fields.index("flags")][1] & 1 == 1
+    for field, (mine, theirs) in zip(Ring._fields, entries, strict=False):
+        if field == "flags":
+            yield same(f"{name}: {field}", mine, theirs)
+        elif mine.is_floating_point():
+            yield within(f"{name}: {field}", mine[valid], theirs[valid], rtol=4e-6, atol=2e-5)
+        else:
+            yield same(f"{name}: {field}", mine[valid], theirs[valid])
 
 
 def _halves(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ..gpu import num_processors
 from ..selfcheck import Finding, Random, Shapes, Use, close, same, to_cache
 from . import SharedPrefixes, reference
 
@@ -38,6 +39,22 @@ class Rows:
             self.q[start:stop], self.k_cache, self.v_cache, self.page_table[own].contiguous(),
             self.seq_lens[own], begin,
         )  # fmt: skip
+
+    def times(self, count: int) -> "Rows":
+        """The call of all rows `count` times over, on the same pages."""
+        starts, tokens = self.query_start[:-1], len(self.q)
+        begin = [starts + tokens * index for index in range(count)]
+        end = torch.full_like(starts[:1], tokens * count)
+        return Rows(
+            self.q.repeat(count, 1, 1), self.k_cache, self.v_cache, self.page_table.repeat(count, 1),
+            self.seq_lens.repeat(count), torch.cat((*begin, end)),
+        )  # fmt: skip
+
+
+def enough(rows: Rows) -> int:
+    """How many times `rows` fill a GPU: kernels may cut up a large batch otherwise than a small one."""
+    tiles = len(rows.seq_lens) * rows.k_cache.shape[2]
+    return -(-4 * num_processors(rows.q.device) // tiles) if rows.q.is_cuda else 2
 
 
 def make_rows(shapes: Shapes, random: Random, rows: list[tuple[int, int]], shared: int = 0) -> Rows:
@@ -121,9 +138,14 @@ def checks(use: Use, shapes: Shapes, random: Random, batch_invariant: bool) -> I
         what = name if window is None else f"{name}, window {window}"
         out = run(rows, window=window)
         exact = reference.paged_attention(rows.q.double(), *rows.tensors()[1:], window=window)
-        yield close(what, out, exact, pytorch(rows, rows.q.dtype, window), score_floor(rows))
+        baseline, floor = pytorch(rows, rows.q.dtype, window), score_floor(rows)
+        yield close(what, out, exact, baseline, floor)
+        count = enough(rows)
+        many = run(rows.times(count), window=window).unflatten(0, (count, -1))
+        yield close(f"{what}, {count} times", many, exact.expand_as(many), baseline.expand_as(many), floor)
         if not batch_invariant:
             continue
+        yield same(f"{what}, bits of {count} times", many, out.expand_as(many))
         starts = rows.query_start.tolist()
         for index, seq_len in enumerate(rows.seq_lens.tolist()):
             if seq_len == 0:
@@ -143,6 +165,16 @@ def checks(use: Use, shapes: Shapes, random: Random, batch_invariant: bool) -> I
         plain = run(rows, window=window)
         shared = run(rows, window=window, shared=SharedPrefixes(*groups))
         exact = reference.paged_attention(rows.q.double(), *rows.tensors()[1:], window=window)
-        yield close("shared prefixes", shared, exact, pytorch(rows, rows.q.dtype, window), score_floor(rows))
+        baseline, floor = pytorch(rows, rows.q.dtype, window), score_floor(rows)
+        yield close("shared prefixes", shared, exact, baseline, floor)
+        count, length = enough(rows), len(rows.seq_lens)
+        starts = [at + length * index for index in range(count) for at in (0, 3)]
+        starts += [length * count] * (length * count + 1 - len(starts))
+        lengths = [pages * size, 0] * count + [0] * ((length - 2) * count)
+        of_many = SharedPrefixes(random.ints(starts), random.ints(lengths))
+        many = run(rows.times(count), window=window, shared=of_many).unflatten(0, (count, -1))
+        name = f"shared prefixes, {count} times"
+        yield close(name, many, exact.expand_as(many), baseline.expand_as(many), floor)
         if batch_invariant:
             yield same("shared prefixes, bits", shared, plain)
+            yield same(f"{name}, bits", many, plain.expand_as(many))

@@ -207,6 +207,30 @@ def test_a_wrong_page_is_found(op, kind, breaking):
     assert outcome.problem is None
 
 
+@pytest.mark.parametrize("op", ["paged_attention", "draw"])
+def test_what_is_wrong_in_a_large_batch_only_is_found(op, breaking):
+    """Kernels cut up a batch that fills the GPU otherwise than a small one."""
+
+    def wrap(op: str, name: str | None, function: Callable[..., Any]) -> Callable[..., Any]:
+        def broken(*arguments: Any, **options: Any) -> Any:
+            result = function(*arguments, **options)
+            rows = len(arguments[4] if op == "paged_attention" else arguments[1])
+            if rows > 12 and op == "paged_attention":
+                options["out"][-1] += 1.0
+            elif rows > 12:
+                arguments[4].state[-1, State.USED] += 1
+            return result
+
+        return broken
+
+    breaking(wrap)
+    outcome = check(op, "cpu", SMALL, CPU)
+    assert not outcome.ok
+    assert outcome.problem is None
+    assert outcome.worst is not None
+    assert "times" in outcome.worst.what
+
+
 def test_a_stray_write_is_found(breaking):
     def wrap(op: str, name: str | None, function: Callable[..., Any]) -> Callable[..., Any]:
         def broken(*arguments: Any, **options: Any) -> Any:
