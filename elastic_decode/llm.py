@@ -15,6 +15,7 @@ from elastic_decode.core import Budget, Generation, Request, SamplingParams, Tok
 from elastic_decode.delimiters import Delimiters, resolve
 from elastic_decode.engine.build import build, check_device
 from elastic_decode.engine.delivery import Sink
+from elastic_decode.engine.device import ordinary_tensors
 from elastic_decode.engine.prompts import as_prompt_list, one_each
 from elastic_decode.engine.runner import interrupts_held
 from elastic_decode.engine.sequence import Group
@@ -454,7 +455,7 @@ class Engine:
         if not self._lock.acquire(blocking=False):
             raise RuntimeError("the engine is at work in another thread; use it from one thread at a time")
         try:
-            with interrupts_held(), self._device.at_work():
+            with interrupts_held(), ordinary_tensors(), self._device.at_work():
                 self._abort_orphans()
                 yield
         finally:

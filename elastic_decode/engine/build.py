@@ -12,7 +12,7 @@ from elastic_decode.delimiters import Delimiters
 from elastic_decode.engine.batch_state import BatchState
 from elastic_decode.engine.decode_loop import DecodeLoop
 from elastic_decode.engine.delivery import Delivery
-from elastic_decode.engine.device import Device, open_device
+from elastic_decode.engine.device import Device, open_device, ordinary_tensors
 from elastic_decode.engine.intake import Intake
 from elastic_decode.engine.kv_cache import KVPages, PagePool, plan_pages
 from elastic_decode.engine.output_ring import OutputRing
@@ -82,7 +82,7 @@ def build(
     device = open_device(config.device, graphs=config.cuda_graphs)
     # What is made here belongs to the engine's queue, and the weights are there before it reads them,
     # whatever stream the first call comes from.
-    with device.at_work():
+    with ordinary_tensors(), device.at_work():
         return _build(model, weights, tokenizer, delimiters, config, device, prefix_cache=prefix_cache)
 
 

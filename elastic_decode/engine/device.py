@@ -250,8 +250,11 @@ class CudaDevice(Device):
         try:
             with torch.cuda.stream(self.stream):
                 yield
-        finally:
-            caller.wait_stream(self.stream)
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # a lost context has been told of
+                caller.wait_stream(self.stream)
+            raise
+        caller.wait_stream(self.stream)
 
 
 class _CudaEvent:
@@ -264,6 +267,15 @@ class _CudaEvent:
 
     def wait(self) -> None:
         self._event.synchronize()
+
+
+@contextlib.contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Without gradients; what is made within can be written later, even if the caller is in inference mode
+    now and not then.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def open_device(name: str, *, graphs: bool) -> Device:

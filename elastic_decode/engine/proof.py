@@ -22,7 +22,7 @@ import torch
 
 from elastic_decode import __version__, kernels
 from elastic_decode.errors import BackendUnproven
-from elastic_decode.kernels import registry, selfcheck
+from elastic_decode.kernels import gpu, registry, selfcheck
 from elastic_decode.kernels.selfcheck import Matrix, Outcome, Shapes
 from elastic_decode.model_config import ModelConfig
 
@@ -77,11 +77,11 @@ def prove(
         outcomes = [
             selfcheck.check(op, backends[op], shapes, device, batch_invariant=batch_invariant) for op in USED
         ]
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # the pages come next
     wrong = [outcome for outcome in outcomes if not outcome.ok]
     if wrong:
         raise BackendUnproven(_complaint(wrong, device))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the pages come next
     _remember(path, key, outcomes)
     return outcomes
 
@@ -133,6 +133,7 @@ def _key(
         "device": about,
         "versions": versions | {"elastic_decode": __version__},
         "kernels": source_hash(),
+        "dependent_launch": gpu.DEPENDENT_LAUNCH,
         "interpreter": os.environ.get("TRITON_INTERPRET") == "1",
         "backends": backends,
         "shapes": {name: str(value) for name, value in shapes._asdict().items()},

@@ -111,9 +111,9 @@ def _many(
     ring = make_ring(len(before.ring.tokens), count * len(slots), device=slots.device)
     ring.index.copy_(before.ring.index)
     state, programs, automata = before.machine
-    options = (
+    options: list[Any] = [
         None if each is None else each.repeat(count, *[1] * (each.dim() - 1)) for each in before.options
-    )
+    ]
     machine = Machine(state.repeat(count, 1), programs.repeat(count, 1), automata)
     first = torch.arange(count, dtype=torch.int32, device=slots.device)[:, None] * len(SLOTS)
     own = torch.where(slots >= 0, slots + first, -1).flatten()

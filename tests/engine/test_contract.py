@@ -592,3 +592,19 @@ def test_penalties_and_bias_act_per_request(scripted):
 def test_phase_is_a_string_enum():
     assert Phase("think") is Phase.THINK
     assert Phase.SOLVE == "solve"
+
+
+def test_inference_mode_of_a_caller_is_not_the_engines(scripted):
+    """What an engine makes under it must still be writable later, outside of it."""
+    sampling = SamplingParams(seed=1, presence_penalty=0.5, logit_bias={3: 1.0})
+
+    def tokens(engine):
+        [generation] = engine.generate([[5, 6, 7]], budget=Budget(think=4, solve=3), sampling=sampling)
+        return generation.completions[0].token_ids
+
+    with torch.inference_mode():
+        made_within = scripted(lambda history: 7 + len(history) % 3).engine
+    made_outside = scripted(lambda history: 7 + len(history) % 3).engine
+    with torch.inference_mode():
+        first = tokens(made_outside)
+    assert tokens(made_outside) == tokens(made_within) == first

@@ -92,6 +92,30 @@ def test_what_goes_wrong_in_a_capture_is_told_and_the_next_capture_works(cuda):
     assert callable(device.record(lambda: None))
 
 
+def test_an_error_is_not_hidden_by_the_lost_context_it_leaves(cuda, monkeypatch):
+    class Stream:
+        def wait_stream(self, other: Any) -> None:
+            if lost:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    lost: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    device = CudaDevice(torch.device("cuda", 0), graphs=True)
+
+    def work() -> None:
+        with device.at_work():
+            lost.append(True)
+            raise ConfigError("the first")
+
+    with pytest.raises(ConfigError, match="the first"):
+        work()
+    lost.clear()
+    with pytest.raises(RuntimeError, match="illegal memory access"), device.at_work():
+        lost.append(True)
+
+
 def test_a_device_without_an_index_is_the_one_that_was_current(cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert open_device("cuda", graphs=True).device == torch.device("cuda", 1)

@@ -1,5 +1,6 @@
 """The check before an engine uses a device: raised, remembered, and done again when anything changes."""
 
+import contextlib
 import json
 import os
 
@@ -134,6 +135,21 @@ def test_a_wrong_op_raises_and_is_not_remembered(folder, checked, shapes):
     assert not folder.exists() or not list(folder.iterdir())
     checked.broken.clear()
     assert len(run(shapes)) == len(USED)
+
+
+def test_an_op_that_loses_the_context_is_still_named(folder, checked, shapes, monkeypatch):
+    """After an illegal access every further call of CUDA raises."""
+
+    def raises():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    checked.broken["rope"] = "AcceleratorError: CUDA error: an illegal memory access was encountered"
+    monkeypatch.setattr(torch.cuda, "empty_cache", raises)
+    monkeypatch.setattr(proof, "on_device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(proof, "device_name", lambda device: "a GPU")
+    monkeypatch.setattr(proof, "_key", lambda *about: {"backends": dict.fromkeys(USED, "triton")})
+    with pytest.raises(BackendUnproven, match=r"rope on backend 'triton' could not be checked"):
+        prove(dict.fromkeys(USED, "triton"), shapes, torch.device("cuda", 0), batch_invariant=True)
 
 
 def test_what_cannot_be_checked_is_unproven_too(folder, checked, shapes):
