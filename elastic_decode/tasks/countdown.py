@@ -159,3 +159,16 @@ def grade(problem: Problem, solution: str) -> float:
     """1.0 if the solution text is two operators that reach the target exactly, else 0.0."""
     operators = parse(solution)
     return float(operators is not None and problem.results(operators)[1] == problem.target)
+
+
+def reward(
+    solution: Sequence[str],
+    x: Sequence[int],
+    y: Sequence[int],
+    z: Sequence[int],
+    target: Sequence[int],
+    **columns: object,
+) -> list[float]:
+    """`grade` as a reward function in TRL's signature; the problem comes as columns, an entry a sample."""
+    rows = zip(x, y, z, target, solution, strict=True)
+    return [grade(Problem(*numbers), text) for *numbers, text in rows]

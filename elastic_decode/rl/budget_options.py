@@ -1,0 +1,88 @@
+"""Budget plans as a configuration writes them: `{plan: uniform, low: 0, high: 30, solve: 3}`.
+
+`{plan: schedule, stages: [{start: 0, plan: …}, {start: 200, plan: …}]}` changes from one to another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from elastic_decode.errors import ConfigError
+from elastic_decode.rl.fields import check_keys, require
+
+# What each plan of rl/budgets.py is made of; a key with True may be left out.
+BUDGET_PLANS: dict[str, dict[str, bool]] = {
+    "fixed": {"think": False, "solve": False},
+    "choice": {"think": False, "solve": False, "weights": True},
+    "uniform": {"low": False, "high": False, "solve": False},
+    "ramp": {"first": False, "last": False, "steps": False, "solve": False},
+    "fork": {"think_at": False, "solve": False},
+    "schedule": {"stages": False},
+}
+
+
+def check_budgets(budgets: Mapping[str, Any], path: str, *, nested: bool = False) -> None:
+    """Raises ConfigError unless the mapping says one plan, with all that belongs to it and nothing else."""
+    plan = budgets.get("plan")
+    plans = [name for name in BUDGET_PLANS if not (nested and name == "schedule")]
+    require(plan in plans, f"{path}.plan", f"one of {', '.join(plans)}", plan)
+    fields = BUDGET_PLANS[str(plan)]
+    check_keys(budgets, ["plan", *fields, *(["start"] if nested else [])], path)
+    for name, optional in fields.items():
+        if name not in budgets and not optional:
+            raise ConfigError(f"{path}.{name} is missing: plan {plan} has no default for it")
+    if plan == "schedule":
+        _check_stages(budgets["stages"], path)
+        return
+    for name in fields:
+        if name in budgets and name != "weights":
+            _check_tokens(
+                budgets[name], f"{path}.{name}", many=(plan, name) in _MANY, bounded=name in _BOUNDED
+            )
+
+
+_MANY = {("choice", "think"), ("fork", "think_at")}
+_BOUNDED = {"low", "high", "first", "last", "steps", "think_at"}
+
+
+def _check_tokens(value: Any, path: str, *, many: bool, bounded: bool) -> None:
+    values = value if many and isinstance(value, (list, tuple)) else [value]
+    good = (not many or isinstance(value, (list, tuple))) and bool(values)
+    good = good and all(
+        (v is None and not bounded) or (isinstance(v, int) and not isinstance(v, bool) and v >= 0)
+        for v in values
+    )
+    expected = "a list of token counts" if many else "a number of tokens >= 0"
+    require(good, path, expected + ("" if bounded else ", or null for unlimited"), value)
+
+
+def stages(budgets: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The plans of a schedule; any other plan is its only one."""
+    return list(budgets["stages"]) if budgets["plan"] == "schedule" else [budgets]
+
+
+def longest(budgets: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """The largest think and solve budget that a plan gives; None = unlimited."""
+
+    def most(values: Sequence[int | None]) -> int | None:
+        return None if any(value is None for value in values) else max(v for v in values if v is not None)
+
+    found = []
+    for plan in stages(budgets):
+        thinks = [plan[name] for name in ("think", "high", "first", "last", "think_at") if name in plan]
+        thinks = [t for item in thinks for t in (item if isinstance(item, (list, tuple)) else [item])]
+        found.append((most(thinks), plan["solve"]))
+    return most([think for think, _ in found]), most([solve for _, solve in found])
+
+
+def _check_stages(found: Any, path: str) -> None:
+    require(isinstance(found, (list, tuple)) and bool(found), f"{path}.stages", "a list of plans", found)
+    for i, stage in enumerate(found):
+        require(isinstance(stage, Mapping), f"{path}.stages.{i}", "a plan and its start", stage)
+        check_budgets(stage, f"{path}.stages.{i}", nested=True)
+    starts = [stage.get("start") for stage in found]
+    whole = all(isinstance(start, int) and not isinstance(start, bool) for start in starts)
+    rising = whole and starts[0] == 0 and all(a < b for a, b in pairwise(starts))
+    require(rising, f"{path}.stages: start", "steps that begin at 0 and rise", starts)
