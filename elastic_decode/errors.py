@@ -41,5 +41,17 @@ class WeightsRebound(ElasticDecodeError, RuntimeError):
     """A parameter of the shared module no longer points into the engine's buffers."""
 
 
+class EngineBusy(ElasticDecodeError, RuntimeError):
+    """Something that needs an idle engine was asked of one with requests in flight."""
+
+
+class EngineAsleep(ElasticDecodeError, RuntimeError):
+    """The engine was asked to decode between `sleep()` and `wake()`."""
+
+
+class RewardError(ElasticDecodeError, RuntimeError):
+    """A reward function raised, or returned what is no reward."""
+
+
 class EngineClosed(ElasticDecodeError, RuntimeError):
     """The engine was used after `close()`."""

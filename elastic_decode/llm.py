@@ -19,7 +19,7 @@ from elastic_decode.engine.device import ordinary_tensors
 from elastic_decode.engine.prompts import as_prompt_list, one_each
 from elastic_decode.engine.runner import interrupts_held
 from elastic_decode.engine.sequence import Group
-from elastic_decode.errors import BudgetError, ConfigError, EngineClosed
+from elastic_decode.errors import BudgetError, ConfigError, EngineAsleep, EngineBusy, EngineClosed
 from elastic_decode.models import hub
 from elastic_decode.models.layout import Weights
 from elastic_decode.models.sharing import SharedWeights, share_module
@@ -68,7 +68,7 @@ class Engine:
         self._orphans: list[Group] = []
         self._ids = itertools.count()
         self._lock = threading.Lock()
-        self._closed = False
+        self._closed = self._asleep = False
 
     # ---- making one ----
 
@@ -210,6 +210,25 @@ class Engine:
         The completion at b equals `Budget(think=b, solve=solve)` with the same seed, token for token. One
         Generation a prompt, completions in the order of `think_at`.
         """
+        forks = self.fork_rollout(
+            prompts,
+            think_at=think_at,
+            solve=solve,
+            sampling=sampling,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return sorted(forks, key=lambda generation: generation.index)
+
+    def fork_rollout(
+        self,
+        prompts: Any,
+        *,
+        think_at: Sequence[int],
+        solve: int | None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Generator[Generation, None, None]:
+        """`fork` as `rollout` does it: each prompt's Generation as soon as all its branches are complete."""
         budgets = list(think_at) if isinstance(think_at, Sequence) else [think_at]
         if not budgets or any(isinstance(b, bool) or not isinstance(b, int) or b < 0 for b in budgets):
             raise BudgetError(f"think_at must be a list of one or more budgets >= 0, got {think_at!r}")
@@ -228,7 +247,7 @@ class Engine:
             )
             for index, prompt in enumerate(listed)
         ]
-        return sorted(self._drain(groups, sink), key=lambda generation: generation.index)
+        return self._drain(groups, sink)
 
     # ---- embedding ----
 
@@ -304,7 +323,7 @@ class Engine:
 
         Shared parameters need no copy; others are cast over. Prefix pages of the old weights are forgotten.
         """
-        self._ready()
+        self._ready(awake=False)
         with self._working():
             if self._shared is not None:
                 self._shared.sync()
@@ -321,6 +340,34 @@ class Engine:
             pass
         with self._working():
             self._loop.record_all()
+
+    def sleep(self) -> None:
+        """Release the KV pages, and on a GPU the recorded graphs, for the optimizer's step; `wake()` takes
+        them back.
+
+        Known prefixes are forgotten. Raises EngineBusy where a request is in flight. Until `wake()` nothing
+        can be decoded (EngineAsleep); `sync_weights`, `stats` and `close` work. Does nothing where it sleeps.
+        """
+        self._ready(awake=False)
+        with self._working():
+            if not self._runner.idle:
+                raise EngineBusy(
+                    f"sleep() with requests in flight ({', '.join(sorted(self._runner.groups))}): their keys "
+                    "and values would be lost; finish, close or abort them first"
+                )
+            if not self._asleep:
+                self._asleep = True
+                self._runner.release_memory()
+
+    def wake(self) -> None:
+        """Take back what `sleep()` released. Does nothing where it is awake; where the memory is not to be
+        had, torch's error is raised and it sleeps on.
+        """
+        self._ready(awake=False)
+        with self._working():
+            if self._asleep:
+                self._runner.take_memory()
+                self._asleep = False
 
     def stats(self) -> dict[str, int]:
         """Counters: pages (reserved for running rows against filled ones), rows, tokens so far.
@@ -444,9 +491,11 @@ class Engine:
             pass
         return name
 
-    def _ready(self, *, between_steps: bool = False) -> None:
+    def _ready(self, *, between_steps: bool = False, awake: bool = True) -> None:
         if self._closed:
             raise EngineClosed(_CLOSED)
+        if awake and self._asleep:
+            raise EngineAsleep("this engine has released its memory in sleep(); call wake() first")
         if self._shared is not None:
             self._shared.verify(modules=not between_steps)
 

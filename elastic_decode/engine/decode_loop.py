@@ -163,6 +163,18 @@ class DecodeLoop:
             sequence.draws += steps
         return self._ring.end(sequences, steps)
 
+    def release(self) -> None:
+        """Let go of KV pages and recorded steps; everything launched has been done. Nothing may be launched
+        before `take`.
+        """
+        self._recordings.steps.clear()
+        self._inputs_of.clear()
+        self._kv_pages.release()
+
+    def take(self) -> None:
+        """Allocate KV pages again; steps are recorded again as they are met."""
+        self._kv_pages.take()
+
     def record_all(self) -> None:
         """Record the steps of every shape, for a device that records them: nothing is decoded."""
         if not self._device.graphs:

@@ -112,6 +112,14 @@ class Device(ABC):
         """Enqueue recorded work."""
         recorded()
 
+    @abstractmethod
+    def finish(self) -> None:
+        """Wait until everything launched has been done."""
+
+    @abstractmethod
+    def give_back(self) -> None:
+        """Return memory that nothing names any more, recorded work's included, for others to use."""
+
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
         """Around each call of the engine: orders its queue after the caller's work, and the caller's next
@@ -194,6 +202,12 @@ class HostDevice(Device):
     def record(self, work: Work) -> Work:
         return work
 
+    def finish(self) -> None:
+        pass
+
+    def give_back(self) -> None:
+        pass  # pages are large enough for the C library to return them by itself
+
     def upload(self, values: Sequence[int] | np.ndarray, dtype: type = np.int32) -> torch.Tensor:
         return torch.from_numpy(np.array(values, dtype=dtype))  # a copy: the caller's may change
 
@@ -242,6 +256,13 @@ class CudaDevice(Device):
         graph.capture_end()
         self._newest = graph
         return graph.replay
+
+    def finish(self) -> None:
+        self.stream.synchronize()
+
+    def give_back(self) -> None:
+        self._pool = self._newest = None  # the pool goes with its last graph; another is made for the next
+        torch.cuda.empty_cache()
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:

@@ -143,11 +143,21 @@ class KVPages:
     def __init__(
         self, config: ModelConfig, *, num_pages: int, page_size: int, dtype: torch.dtype, device: Device
     ) -> None:
-        shape = (config.num_layers, 2, num_pages, page_size, config.num_kv_heads, config.head_dim)
-        # Left uninitialised: no kernel reads a position that no token has been written to.
+        self._shape = (config.num_layers, 2, num_pages, page_size, config.num_kv_heads, config.head_dim)
+        self._dtype = dtype
         self._device = device
-        self._storage = torch.empty(shape, dtype=dtype, device=device.device)
+        self.take()
+
+    def take(self) -> None:
+        """Allocate the tensors: at first, or again after `release`."""
+        # Left uninitialised: no kernel reads a position that no token has been written to.
+        self._storage = torch.empty(self._shape, dtype=self._dtype, device=self._device.device)
         self.layers = [(layer[0], layer[1]) for layer in self._storage.unbind(0)]
+
+    def release(self) -> None:
+        """Let go of the tensors, and of all they hold."""
+        self.layers = []
+        self._storage = self._storage.new_empty(0)
 
     @property
     def nbytes(self) -> int:

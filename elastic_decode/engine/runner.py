@@ -119,6 +119,19 @@ class Runner:
             if sequence.stage in (Stage.PREFILL, Stage.DECODE):
                 self._batch.request_end(sequence.slot)
 
+    def release_memory(self) -> None:
+        """Let go of KV pages, recorded steps and all known prefixes. Nothing may be in flight."""
+        while self._flights:  # rows that idled on after their last token
+            self._land(self._flights.popleft(), queued_behind=False)
+        self._device.finish()
+        self.scheduler.forget_prefixes()
+        self._loop.release()
+        self._device.give_back()
+
+    def take_memory(self) -> None:
+        """Take back what `release_memory` let go of."""
+        self._loop.take()
+
     def _turn(self) -> None:
         """Launch what can be launched, then turn to what was launched the turn before: the device has work
         while the host reads."""

@@ -237,6 +237,10 @@ class Scheduler:
     def new_weights(self) -> None:
         """Keys and values of the old weights begin nothing any more: no prefix, no waiting sample."""
         self.epoch += 1
+        self.forget_prefixes()
+
+    def forget_prefixes(self) -> None:
+        """No page begins anything any more."""
         self._pool.clear_index()
         self._drop_sources()
 

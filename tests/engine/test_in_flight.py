@@ -74,6 +74,13 @@ class LateDevice(Device):
         self.launch(work)  # as a GPU does, to compile what it needs
         return lambda: self.launch(work)
 
+    def finish(self) -> None:
+        while self.queue:
+            self._run_one()
+
+    def give_back(self) -> None:
+        assert not self.queue, "memory is given back under work that may still use it"
+
     def run_until(self, event: LateEvent) -> None:
         while not event.done:
             self._run_one()
@@ -492,3 +499,16 @@ def test_rows_that_share_pages_are_grouped(late, punctual, monkeypatch):
         decoder.forward = checked
         assert decode_all(engine, wanted) == want
         assert max(sizes) >= 3
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["launched", "recorded"])
+def test_sleep_waits_for_what_is_under_way_and_forgets_recorded_steps(late, punctual, graphs):
+    wanted = requests(random.Random(5), 12)
+    engine, device = late(5, graphs=graphs, horizon=4, **SIZES)
+    for _ in range(2):
+        assert decode_all(engine, wanted) == decode_all(punctual(), wanted)
+        assert bool(engine._loop._recordings.steps) == graphs
+        engine.sleep()
+        assert not device.queue
+        assert not engine._loop._recordings.steps
+        engine.wake()

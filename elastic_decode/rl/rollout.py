@@ -1,0 +1,315 @@
+"""Rollouts: dataset rows in, scored groups out, in the order in which they are complete.
+
+The engine decodes when the generator is asked for more; meanwhile reward workers score what is done, and a
+group comes out when it is decoded and scored. What is sampled depends on run seed, step, dataset row and
+sample alone, so a step done again, on other ranks or in another batch, gives the same samples.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+from elastic_decode.core import Budget, Completion, Generation, Prompt, SamplingParams
+from elastic_decode.errors import BudgetError, CapacityError, ConfigError
+from elastic_decode.llm import Engine
+from elastic_decode.rl.batch import Group, Sample
+from elastic_decode.rl.budgets import BudgetPlan, GroupBudget
+from elastic_decode.rl.rewards import Pending, Rewards
+from elastic_decode.rl.seeds import derive
+
+_log = logging.getLogger(__name__)
+FEW_SPREAD = 0.05  # a smaller share of groups with a spread than this is worth a warning
+FEW_GROUPS = 4  # fewer groups say nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of a dataset: its place there, its prompt, and its other columns."""
+
+    index: int
+    prompt: Prompt
+    columns: Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class RolloutStats:
+    """What a run's rollouts have come to so far: give the same one to every step.
+
+    groups: yielded. groups_with_spread: with at least two different rewards. unscorable_samples: reward None.
+    skipped_prompts: that did not fit. warned: a warning about the spread has been given.
+    """
+
+    groups: int = 0
+    groups_with_spread: int = 0
+    samples: int = 0
+    unscorable_samples: int = 0
+    skipped_prompts: int = 0
+    warned: bool = False
+
+
+def rollout(
+    engine: Engine,
+    rows: Sequence[Row],
+    *,
+    step: int,
+    group_size: int,
+    budgets: BudgetPlan,
+    rewards: Rewards,
+    run_seed: int,
+    sampling: SamplingParams | None = None,
+    train_on_forced: bool = False,
+    too_long: Literal["skip", "raise"] = "skip",
+    stats: RolloutStats | None = None,
+) -> Generator[Group, None, None]:
+    """A Group of `group_size` scored samples for every row, as they are complete. Closing the generator
+    aborts what runs.
+
+    A group has one budget, or, under a plan with several budgets of one thought (`Fork`), its samples are
+    `group_size / budgets` thoughts times their branches, a thought's branches side by side; branches past a
+    thought's natural end repeat one completion. The prompt is computed once a group (once a thought where
+    they are forked, unless the engine's prefix cache is on).
+
+    sampling: without a seed, seeds are derived; a row that comes twice in `rows` is sampled twice.
+    too_long: prompts that leave no room for their budgets are skipped with a warning, and counted, or raise.
+    Where no row at all fits, the engine's error is raised. Raises ConfigError, and RewardError as `rewards`
+    decides.
+    """
+    sampling = sampling or SamplingParams()
+    stats = stats if stats is not None else RolloutStats()
+    if sampling.seed is not None:
+        raise ConfigError("sampling.seed must be None: seeds are derived from the run's seed, step and row")
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
+        raise ConfigError(f"group_size must be an int >= 1, got {group_size!r}")
+    if too_long not in ("skip", "raise"):
+        raise ConfigError(f"too_long must be 'skip' or 'raise', got {too_long!r}")
+    if not rows:
+        raise ConfigError("rollout needs at least one row; the dataset, or this step's part of it, is empty")
+    asked = _tasks(rows, budgets, sampling, run_seed, step, group_size)
+    runs = _that_fit(engine, asked, group_size, too_long, step, stats)
+    return _groups(engine, runs, rewards, step, group_size, train_on_forced, stats)
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A row, and how it is decoded. sampling: one, or one a thought."""
+
+    row: Row
+    budget: GroupBudget
+    sampling: tuple[SamplingParams, ...]
+
+    @property
+    def forked(self) -> bool:
+        return len(self.budget.think_at) > 1
+
+
+def _tasks(
+    rows: Sequence[Row],
+    budgets: BudgetPlan,
+    sampling: SamplingParams,
+    run_seed: int,
+    step: int,
+    group_size: int,
+) -> list[_Task]:
+    tasks = []
+    seen: dict[int, int] = {}
+    for row in rows:
+        budget = budgets.at(run_seed, step, row.index)
+        count = len(budget.think_at)
+        if group_size % count:
+            raise ConfigError(
+                f"group_size {group_size} is not a multiple of the {count} budgets of one thought "
+                f"({', '.join(map(str, budget.think_at))})"
+            )
+        again = seen.get(row.index, 0)
+        seen[row.index] = again + 1
+        thoughts = group_size // count if count > 1 else 1
+        seeds = [derive("sample", run_seed, step, row.index, again, thought) for thought in range(thoughts)]
+        tasks.append(_Task(row, budget, tuple(replace(sampling, seed=seed) for seed in seeds)))
+    return tasks
+
+
+_Done = tuple[list[int], Completion, int | None]  # prompt ids, completion, think budget
+
+
+class _Run(NamedTuple):
+    """Tasks that one call of the engine decodes: all plain ones, or those forked at the same budgets."""
+
+    tasks: list[_Task]
+    forked: bool
+
+    def start(self, engine: Engine, group_size: int) -> Generator[Generation, None, None]:
+        """Checks every prompt now, decodes when asked. A forked task is a prompt a thought."""
+        prompts = [task.row.prompt for task in self.tasks for _ in task.sampling]
+        sampling = [params for task in self.tasks for params in task.sampling]
+        first = self.tasks[0].budget
+        if self.forked:
+            think_at = [b for b in first.think_at if b is not None]  # a plan forks at finite budgets only
+            return engine.fork_rollout(prompts, think_at=think_at, solve=first.solve, sampling=sampling)
+        each = [Budget(task.budget.think_at[0], task.budget.solve) for task in self.tasks]
+        return engine.rollout(prompts, n=group_size, budget=each, sampling=sampling)
+
+
+def _that_fit(
+    engine: Engine,
+    tasks: list[_Task],
+    group_size: int,
+    too_long: str,
+    step: int,
+    stats: RolloutStats,
+) -> list[tuple[_Run, Generator[Generation, None, None]]]:
+    """The engine's calls, checked and not begun. Rows are tried one by one only if some do not fit."""
+    kinds: dict[GroupBudget | None, list[_Task]] = {}
+    for task in tasks:
+        kinds.setdefault(task.budget if task.forked else None, []).append(task)
+    started = []
+    skipped: list[int] = []
+    refusal: Exception | None = None
+    for kind, listed in kinds.items():
+        run = _Run(listed, kind is not None)
+        try:
+            started.append((run, run.start(engine, group_size)))
+            continue
+        except (BudgetError, CapacityError) as error:
+            if too_long == "raise":
+                raise
+            refusal = error
+        fitting = []
+        for task in listed:
+            try:
+                _Run([task], run.forked).start(engine, group_size)
+                fitting.append(task)
+            except (BudgetError, CapacityError) as error:
+                refusal = error
+                skipped.append(task.row.index)
+        if fitting:
+            run = _Run(fitting, run.forked)
+            started.append((run, run.start(engine, group_size)))
+    if refusal is not None and not started:
+        raise refusal
+    if skipped:
+        stats.skipped_prompts += len(skipped)
+        _log.warning(
+            "step %d: %d of %d prompts skipped, they leave no room for their budgets (dataset rows %s; %d "
+            "skipped so far): %s",
+            step,
+            len(skipped),
+            len(tasks),
+            ", ".join(map(str, skipped[:8])) + (" …" if len(skipped) > 8 else ""),
+            stats.skipped_prompts,
+            refusal,
+        )
+    return started
+
+
+def _groups(
+    engine: Engine,
+    runs: list[tuple[_Run, Generator[Generation, None, None]]],
+    rewards: Rewards,
+    step: int,
+    group_size: int,
+    train_on_forced: bool,
+    stats: RolloutStats,
+) -> Generator[Group, None, None]:
+    waiting: list[tuple[Row, Pending]] = []
+    counted, spread = 0, 0
+
+    def ready() -> Iterator[Group]:
+        """Those that have been scored by now, oldest first."""
+        nonlocal counted, spread
+        for item in [item for item in waiting if item[1].done]:
+            waiting.remove(item)
+            row, pending = item
+            group = Group(index=row.index, step=step, samples=pending.result(), columns=row.columns)
+            different = len({reward for reward in group.rewards if reward is not None}) > 1
+            counted, spread = counted + 1, spread + different
+            stats.groups += 1
+            stats.groups_with_spread += different
+            stats.samples += group_size
+            stats.unscorable_samples += sum(reward is None for reward in group.rewards)
+            yield group
+
+    try:
+        for run, generations in runs:
+            with closing(generations):
+                for task, completions in _complete(run, generations):
+                    samples = _samples(task, completions, train_on_forced)
+                    prompt = _shown(engine, task.row.prompt)
+                    columns = task.row.columns
+                    pending = rewards.submit(prompt, samples, columns, step=step, index=task.row.index)
+                    waiting.append((task.row, pending))
+                    yield from ready()
+        while waiting:
+            wait([f for _, p in waiting for f in p.futures if not f.done()], return_when=FIRST_COMPLETED)
+            yield from ready()
+    finally:
+        for _, pending in waiting:
+            pending.cancel()
+    if counted >= FEW_GROUPS and spread < FEW_SPREAD * counted and not stats.warned:
+        stats.warned = True
+        _log.warning(
+            "step %d: %d of %d groups have samples with different rewards; the others teach nothing, and the "
+            "few that do can wreck the model. Change the budgets, the temperature, the prompts or the "
+            "rewards (said once)",
+            step,
+            spread,
+            counted,
+        )
+
+
+def _complete(run: _Run, generations: Iterator[Generation]) -> Iterator[tuple[_Task, list[_Done]]]:
+    """Tasks whose samples have all been decoded, each with (prompt ids, completion, think budget)."""
+    task_of = [(task, thought) for task in run.tasks for thought in range(len(task.sampling))]
+    parts: dict[int, dict[int, Generation]] = {}
+    for generation in generations:
+        task, thought = task_of[generation.index]
+        mine = parts.setdefault(id(task), {})
+        mine[thought] = generation
+        if len(mine) < len(task.sampling):
+            continue
+        del parts[id(task)]
+        branches = task.budget.think_at
+        yield (
+            task,
+            [
+                (done.prompt_token_ids, completion, branches[place % len(branches)])
+                for _, done in sorted(mine.items())
+                for place, completion in enumerate(done.completions)
+            ],
+        )
+
+
+def _samples(task: _Task, completions: list[_Done], train_on_forced: bool) -> list[Sample]:
+    return [
+        Sample(
+            prompt_ids=tuple(prompt_ids),
+            token_ids=tuple(completion.token_ids),
+            logprobs=tuple(completion.logprobs),
+            sampling_logprobs=tuple(completion.sampling_logprobs),
+            forced=tuple(completion.forced),
+            loss_mask=tuple(train_on_forced or not forced for forced in completion.forced),
+            text=completion.text,
+            thinking=completion.thinking,
+            solution=completion.solution,
+            think_tokens=completion.think_tokens,
+            solve_tokens=completion.solve_tokens,
+            think_end=completion.think_end,
+            finish_reason=completion.finish_reason,
+            think_budget=think,
+            solve_budget=task.budget.solve,
+            seed=completion.seed,
+            weight_epoch=completion.weight_epoch,
+        )
+        for prompt_ids, completion, think in completions
+    ]
+
+
+def _shown(engine: Engine, prompt: Prompt) -> Prompt:
+    """The prompt as reward functions get it: token ids as text."""
+    if isinstance(prompt, str) or isinstance(prompt[0], Mapping):
+        return prompt
+    return str(engine.tokenizer.decode(list(prompt), skip_special_tokens=False))
