@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from elastic_decode.errors import ConfigError
 from elastic_decode.rl.seeds import derive
@@ -180,3 +181,33 @@ class Fork(BudgetPlan):
 
     def at(self, run_seed: int, step: int, prompt: int) -> GroupBudget:
         return GroupBudget(tuple(self.think_at), self.solve)
+
+
+PLANS: dict[str, type[BudgetPlan]] = {
+    "fixed": Fixed,
+    "choice": Choice,
+    "uniform": Uniform,
+    "ramp": Ramp,
+    "fork": Fork,
+}
+
+
+def plan_of(options: Mapping[str, Any]) -> BudgetPlan:
+    """The plan that a configuration writes as `{plan: uniform, low: 0, high: 30, solve: 3}`.
+
+    A schedule is `{plan: schedule, stages: [{start: 0, plan: …, …}, {start: 200, plan: …, …}]}`. Raises
+    ConfigError.
+    """
+    given = dict(options)
+    name = given.pop("plan", None)
+    if name == "schedule":
+        stages = [dict(stage) for stage in given.pop("stages", ())]
+        if given:
+            raise ConfigError(f"a schedule has stages and nothing else, got {', '.join(given)}")
+        return Schedule([(stage.pop("start", -1), plan_of(stage)) for stage in stages])
+    if name not in PLANS:
+        raise ConfigError(f"plan must be one of {', '.join([*PLANS, 'schedule'])}, got {name!r}")
+    try:
+        return PLANS[name](**given)
+    except TypeError as error:
+        raise ConfigError(f"plan {name}: {error}") from None

@@ -50,6 +50,10 @@ class Cuda:
     def graph_pool_handle(self) -> int:
         return next(self._handles)
 
+    def empty_cache(self) -> None:
+        for pool in [pool for pool, graphs in self.graphs_of.items() if graphs == 0]:
+            del self.graphs_of[pool]
+
     def Stream(self, device: torch.device) -> Any:
         return None
 
@@ -57,7 +61,7 @@ class Cuda:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     made = Cuda()
-    for name in ("CUDAGraph", "graph_pool_handle", "Stream"):
+    for name in ("CUDAGraph", "graph_pool_handle", "Stream", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, getattr(made, name))
     return made
 
@@ -73,6 +77,16 @@ def test_recording_goes_on_when_all_recorded_steps_were_dropped(cuda):
         gc.collect()
     assert runs == [False, False, True] * 6
     assert list(cuda.graphs_of) == [0], "one pool serves all"
+
+
+def test_memory_of_recorded_steps_is_given_back_and_recording_goes_on(cuda):
+    device = CudaDevice(torch.device("cuda", 0), graphs=True)
+    for pool in range(3):
+        recorded = [device.record(lambda: None) for _ in range(2)]
+        assert cuda.graphs_of == {pool: 2}
+        del recorded
+        device.give_back()
+        assert not cuda.graphs_of
 
 
 def test_what_goes_wrong_in_a_capture_is_told_and_the_next_capture_works(cuda):

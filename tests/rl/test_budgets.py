@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from elastic_decode.errors import ConfigError
-from elastic_decode.rl.budgets import Choice, Fixed, Fork, GroupBudget, Ramp, Schedule, Uniform
+from elastic_decode.rl.budgets import Choice, Fixed, Fork, GroupBudget, Ramp, Schedule, Uniform, plan_of
 from elastic_decode.rl.seeds import derive
 
 
@@ -69,6 +69,17 @@ def test_ramp_and_schedule():
 def test_what_is_no_plan_raises(make):
     with pytest.raises(ConfigError):
         make()
+
+
+def test_plans_as_configurations_write_them():
+    uniform = {"plan": "uniform", "low": 0, "high": 30, "solve": 3}
+    assert plan_of(uniform) == Uniform(low=0, high=30, solve=3)
+    stages = [{"start": 0, **uniform}, {"start": 9, "plan": "fork", "think_at": [1, 2], "solve": None}]
+    schedule = plan_of({"plan": "schedule", "stages": stages})
+    assert schedule == Schedule([(0, plan_of(uniform)), (9, Fork(think_at=(1, 2), solve=None))])
+    for wrong in ({}, {"plan": "fxied"}, {"plan": "fixed", "think": 1}, {**uniform, "middle": 2}):
+        with pytest.raises(ConfigError):
+            plan_of(wrong)
 
 
 def test_seeds_are_known_numbers_and_purposes_are_apart():
