@@ -91,6 +91,10 @@ class EngineConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"EngineConfig.{name} must be an int >= 1, got {value!r}")
+        for name in ("cuda_graphs", "batch_invariant", "prefix_cache"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and (value is not None or name != "prefix_cache"):
+                raise ConfigError(f"EngineConfig.{name} must be True or False, got {value!r}")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(f"EngineConfig.max_model_len must be >= 2 or None, got {self.max_model_len}")
         try:

@@ -53,3 +53,9 @@ def test_dtypes():
     for name, value in (("dtype", "float8_e4m3fn"), ("kv_dtype", "int8")):
         with pytest.raises(ConfigError, match=f"EngineConfig.{name} must be one of auto, float32.*{value}"):
             EngineConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["cuda_graphs", "batch_invariant", "prefix_cache"])
+def test_a_word_is_no_truth_value(name):
+    with pytest.raises(ConfigError, match=f"EngineConfig.{name} must be True or False, got 'no'"):
+        EngineConfig(**{name: "no"})
