@@ -80,6 +80,21 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def load_weights(path: Path, model: Any) -> None:
+    """The checkpoint's weights into `model`'s own parameters, in place: what shares their storage sees them.
+
+    Raises CheckpointError where names or shapes differ, with nothing changed.
+    """
+    saved = type(model).from_pretrained(path, dtype=model.dtype).state_dict()
+    own = model.state_dict()
+    wrong = sorted(saved.keys() ^ own.keys()) or [n for n in own if own[n].shape != saved[n].shape]
+    if wrong:
+        raise CheckpointError(f"{path} holds another model: {', '.join(wrong[:3])} differ; it was not loaded")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+
+
 def step_of(path: Path) -> int:
     match = _NAME.fullmatch(path.name)
     if match is None:

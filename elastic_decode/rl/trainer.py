@@ -1,0 +1,243 @@
+"""GRPOTrainer: rollout, advantage, update, in a loop, over one set of weights.
+
+The engine decodes with the module's own parameters (Engine.from_model), so an update needs no copy: after it,
+`sync_weights` says that prefixes of the old weights are gone. Everything a step draws derives from (run seed,
+step, dataset row, sample), and groups are put in the batch's order before the update, whatever order they
+were complete in: a run that is resumed does what it would have done.
+
+    state of a run = the module's weights, the optimizer's state, the step, the position in the data
+
+Left out here: reading a configuration (a trainer is given its parts), and more than one process.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from elastic_decode.core import SamplingParams
+from elastic_decode.errors import CheckpointError, ConfigError
+from elastic_decode.llm import Engine
+from elastic_decode.rl import checkpoint
+from elastic_decode.rl.advantage import Advantages, advantages
+from elastic_decode.rl.batch import Group
+from elastic_decode.rl.budgets import BudgetPlan
+from elastic_decode.rl.optim import MasterAdamW, Schedule, learning_rate
+from elastic_decode.rl.rewards import Rewards
+from elastic_decode.rl.rollout import RolloutStats, Row, rollout
+from elastic_decode.rl.update import Trained, UpdateOptions, update
+
+_log = logging.getLogger(__name__)
+
+# (position, count) -> the rows from there on, and the position after them
+NextRows = Callable[[int, int], tuple[Sequence[Row], int]]
+OnStep = Callable[[int, dict[str, float], Sequence[Group]], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerOptions:
+    """What a run does. Numbers of updates and rates are per step; `update` is one step's objective."""
+
+    steps: int
+    prompts_per_step: int
+    group_size: int
+    update: UpdateOptions
+    lr: float
+    schedule: Schedule = "constant"
+    warmup: int = 0
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    train_on_forced: bool = False
+    run_seed: int = 0
+    save_every: int | None = None
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "prompts_per_step", "group_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"TrainerOptions.{name} must be an int >= 1, got {value!r}")
+        if self.save_every is not None and self.save_every < 1:
+            raise ConfigError(f"TrainerOptions.save_every must be >= 1 or None, got {self.save_every}")
+
+
+class GRPOTrainer:
+    """Trains `model`, whose parameters `engine` decodes with.
+
+    next_rows: the dataset as a function of a position. reference: see `update`. folder: where checkpoints go.
+    on_step: called after every step with its metrics and groups, to log or to evaluate.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        model: Any,
+        next_rows: NextRows,
+        rewards: Rewards,
+        budgets: BudgetPlan,
+        optimizer: MasterAdamW,
+        options: TrainerOptions,
+        reference: Any = None,
+        folder: Path | None = None,
+        on_step: Sequence[OnStep] = (),
+    ) -> None:
+        if options.save_every is not None and folder is None:
+            raise ConfigError("TrainerOptions.save_every needs a folder to save in")
+        self.engine = engine
+        self.model = model
+        self.optimizer = optimizer
+        self.options = options
+        self.step = 0
+        self.position = 0
+        self._next_rows = next_rows
+        self._rewards = rewards
+        self._budgets = budgets
+        self._reference = reference
+        self._folder = None if folder is None else folder / "checkpoints"
+        self._on_step = on_step
+        self._stats = RolloutStats()
+
+    def train(self) -> None:
+        """Go on to `options.steps`, saving as asked."""
+        while self.step < self.options.steps:
+            metrics, groups = self.train_step()
+            for call in self._on_step:
+                call(self.step, metrics, groups)
+            every = self.options.save_every
+            if every is not None and (self.step % every == 0 or self.step == self.options.steps):
+                self.save()
+
+    def train_step(self) -> tuple[dict[str, float], list[Group]]:
+        """One step: its metrics and its groups, in the batch's order."""
+        options, started = self.options, time.perf_counter()
+        rows, position = self._next_rows(self.position, options.prompts_per_step)
+        groups = self._rollout(rows)
+        rolled = time.perf_counter()
+        chosen = options.update.objective
+        graded = advantages([group.rewards for group in groups], chosen.estimator, drop_flat=chosen.drop_flat)
+        if graded.warning is not None:
+            _log.warning("step %d: %s", self.step, graded.warning)
+        trained = [
+            Trained(sample=sample, advantage=advantage, temperature=options.sampling.temperature)
+            for group, values in zip(groups, graded.values, strict=True)
+            for sample, advantage in zip(group.samples, values, strict=True)
+            if advantage is not None
+        ]
+        rate = learning_rate(
+            self.step,
+            lr=options.lr,
+            schedule=options.schedule,
+            warmup=options.warmup,
+            steps=options.steps,
+        )
+        changes = update(
+            self.model, self.optimizer, trained, options.update, lr=rate, reference=self._reference
+        )
+        self.engine.sync_weights()
+        updated = time.perf_counter()
+        self.step += 1
+        self.position = position
+        metrics = {
+            **_summary(groups, graded),
+            **changes,
+            "lr": rate,
+            "seconds": updated - started,
+            "rollout_seconds": rolled - started,
+            "update_seconds": updated - rolled,
+        }
+        tokens = sum(len(sample.token_ids) for group in groups for sample in group.samples)
+        metrics["rollout_tokens_per_second"] = tokens / max(rolled - started, 1e-9)
+        return metrics, groups
+
+    def save(self) -> Path:
+        """A checkpoint of now."""
+        if self._folder is None:
+            raise ConfigError("this trainer has no folder to save in")
+        return checkpoint.save(
+            self._folder,
+            self.step,
+            model=self.model,
+            tokenizer=self.engine.tokenizer,
+            state={
+                "step": self.step,
+                "position": self.position,
+                "run_seed": self.options.run_seed,
+                "optimizer": self.optimizer.state_dict(),
+            },
+            keep=self.options.keep,
+        )
+
+    def resume(self, path: Path | None = None) -> bool:
+        """Take a run up where `path`, or the newest whole checkpoint, left it; False where there is none.
+
+        Raises CheckpointError where it is another run's, with nothing changed.
+        """
+        if path is None and self._folder is not None:
+            path = checkpoint.latest(self._folder)
+        if path is None:
+            return False
+        state = checkpoint.load_state(path)
+        if state["run_seed"] != self.options.run_seed:
+            raise CheckpointError(
+                f"{path} is of a run with seed {state['run_seed']}, this one has {self.options.run_seed}: it "
+                "would go on with other samples; use that seed, or start in another folder"
+            )
+        checkpoint.load_weights(path, self.model)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.engine.sync_weights()
+        self.step, self.position = state["step"], state["position"]
+        return True
+
+    def _rollout(self, rows: Sequence[Row]) -> list[Group]:
+        options = self.options
+        place = {row.index: number for number, row in enumerate(rows)}
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with closing(
+                rollout(
+                    self.engine,
+                    rows,
+                    step=self.step,
+                    group_size=options.group_size,
+                    budgets=self._budgets,
+                    rewards=self._rewards,
+                    run_seed=options.run_seed,
+                    sampling=options.sampling,
+                    train_on_forced=options.train_on_forced,
+                    stats=self._stats,
+                )
+            ) as groups:
+                return sorted(groups, key=lambda group: (place[group.index], group.samples[0].seed))
+        finally:
+            self.model.train(was_training)
+
+
+def _summary(groups: Sequence[Group], graded: Advantages) -> dict[str, float]:
+    """What a step's rollouts were like."""
+    samples = [sample for group in groups for sample in group.samples]
+    scored = [sample.reward for sample in samples if sample.reward is not None]
+    mean = math.fsum(scored) / len(scored) if scored else math.nan
+    count = max(1, len(samples))
+    found = {
+        "reward": mean,
+        "reward_std": math.sqrt(math.fsum((r - mean) ** 2 for r in scored) / len(scored)) if scored else 0.0,
+        "unscorable": graded.unscorable / count,
+        "groups_with_spread": graded.spread / max(1, graded.groups),
+        "think_tokens": sum(sample.think_tokens for sample in samples) / count,
+        "solve_tokens": sum(sample.solve_tokens for sample in samples) / count,
+        "forced_tokens": sum(sum(sample.forced) for sample in samples) / count,
+        "think_forced": sum(sample.think_end == "forced" for sample in samples) / count,
+        "solve_cut": sum(sample.finish_reason in ("budget", "length") for sample in samples) / count,
+    }
+    names = sorted({name for sample in samples for name in sample.rewards})
+    for name in names:
+        values = [v for sample in samples if (v := sample.rewards.get(name)) is not None]
+        found[f"reward/{name}"] = math.fsum(values) / len(values) if values else math.nan
+    return found
