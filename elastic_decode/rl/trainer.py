@@ -12,7 +12,6 @@ Left out here: reading a configuration (a trainer is given its parts), and more 
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -32,8 +31,6 @@ from elastic_decode.rl.optim import MasterAdamW, Schedule, learning_rate
 from elastic_decode.rl.rewards import Rewards
 from elastic_decode.rl.rollout import RolloutStats, Row, rollout
 from elastic_decode.rl.update import Trained, UpdateOptions, update
-
-_log = logging.getLogger(__name__)
 
 # (position, count) -> the rows from there on, and the position after them
 NextRows = Callable[[int, int], tuple[Sequence[Row], int]]
@@ -121,8 +118,6 @@ class GRPOTrainer:
         rolled = time.perf_counter()
         chosen = options.update.objective
         graded = advantages([group.rewards for group in groups], chosen.estimator, drop_flat=chosen.drop_flat)
-        if graded.warning is not None:
-            _log.warning("step %d: %s", self.step, graded.warning)
         trained = [
             Trained(sample=sample, advantage=advantage, temperature=options.sampling.temperature)
             for group, values in zip(groups, graded.values, strict=True)
