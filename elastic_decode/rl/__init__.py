@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from elastic_decode.rl.advantage import ESTIMATORS, Advantages, advantages
     from elastic_decode.rl.batch import Group, Sample
+    from elastic_decode.rl.config import GRPOConfig, load_config
     from elastic_decode.rl.length_rewards import L1Exact, L1Max, Long2Short, SoftOverlong, with_l1_suffix
     from elastic_decode.rl.loss import OBJECTIVES, Objective, objective
+    from elastic_decode.rl.trainer import GRPOTrainer, TrainerOptions
 
 _HOMES = {
     "Advantages": "advantage",
     "ESTIMATORS": "advantage",
+    "GRPOConfig": "config",
+    "GRPOTrainer": "trainer",
     "Group": "batch",
     "L1Exact": "length_rewards",
     "L1Max": "length_rewards",
@@ -22,7 +26,9 @@ _HOMES = {
     "Objective": "loss",
     "Sample": "batch",
     "SoftOverlong": "length_rewards",
+    "TrainerOptions": "trainer",
     "advantages": "advantage",
+    "load_config": "config",
     "objective": "loss",
     "with_l1_suffix": "length_rewards",
 }
@@ -30,6 +36,8 @@ __all__ = [
     "ESTIMATORS",
     "OBJECTIVES",
     "Advantages",
+    "GRPOConfig",
+    "GRPOTrainer",
     "Group",
     "L1Exact",
     "L1Max",
@@ -37,7 +45,9 @@ __all__ = [
     "Objective",
     "Sample",
     "SoftOverlong",
+    "TrainerOptions",
     "advantages",
+    "load_config",
     "objective",
     "with_l1_suffix",
 ]
