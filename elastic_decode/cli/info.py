@@ -10,6 +10,7 @@ import platform
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import elastic_decode
@@ -132,7 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
     table = Table("op", "backend", "here", title="Kernels", title_justify="left")
     for op, backends in found["backends"].items():
         for backend, reason in backends.items():
-            table.add_row(op, backend, "[green]yes" if reason is None else f"[dim]no: {reason}")
+            table.add_row(op, backend, "[green]yes" if reason is None else f"[dim]no: {escape(reason)}")
             op = ""
     console.print(table)
     chosen = ", ".join(f"on {device} {_summed_up(backends)}" for device, backends in found["auto"].items())

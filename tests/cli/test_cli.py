@@ -14,6 +14,7 @@ import pytest
 from elastic_decode import EngineConfig
 from elastic_decode.assets import tiny_model_path
 from elastic_decode.cli import main, options
+from elastic_decode.kernels import registry
 from elastic_decode.kernels.registry import OPS
 
 FAST = ["--dtype", "float32", "--max-model-len", "128", "--kv-memory", "16MiB"]
@@ -229,6 +230,14 @@ def test_info_tells_backends_and_reasons(run):
     assert "backend auto: on cpu cpu, on cuda triton" in " ".join(out.split())
 
 
+def test_info_shows_a_reason_as_it_is(run, monkeypatch):
+    """Brackets too, as in the name of an extra: they are no markup."""
+    monkeypatch.setattr(registry, "available", lambda op: {"flashinfer": "pip install 'a[b]'"})
+    code, out, _ = run("info")
+    assert code == 0
+    assert "no: pip install 'a[b]'" in out
+
+
 def test_info_checks_the_ops(run):
     code, out, err = run(
         "info", "--check", "--device", "cpu", "--model", "tiny", "--backend", "rope=reference", "--json"
@@ -250,7 +259,6 @@ def test_info_checks_the_ops(run):
 
 
 def test_info_check_finds_a_wrong_op(run, monkeypatch):
-    from elastic_decode.kernels import registry
 
     real = registry.implementation
 
