@@ -1,0 +1,262 @@
+"""A step's metrics, one flat dict of numbers, to wherever they are wanted: one process of a run makes this.
+
+`metrics.jsonl` is always written, a whole line a step, each step once: what a kill has cut off, and what lies
+behind the checkpoint that a run resumes from, is taken out and said. TensorBoard, wandb and trackio on
+request.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from elastic_decode.errors import CheckpointError, ConfigError
+
+FILE = "metrics.jsonl"
+# What is shown of a step, where it is there: key, label, format.
+SHOWN = (
+    ("reward", "reward", ".3f"),
+    ("think_tokens", "think", ".1f"),
+    ("solve_tokens", "solve", ".1f"),
+    ("forced_share", "forced", ".0%"),
+    ("tokens_per_second", "tokens/s", ",.0f"),
+    ("kl", "KL", ".4f"),
+)
+
+
+class JsonLines:
+    """An append-only file of steps. `notes` says what was taken out when it was opened."""
+
+    def __init__(self, path: Path, *, first_step: int = 0) -> None:
+        """first_step: the next one to be written; lines of it and later ones go (they are trained again).
+
+        Raises CheckpointError where a line before the last is no record.
+        """
+        self.path = path
+        self.notes: list[str] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._last = first_step - 1
+        old = path.read_bytes() if path.exists() else b""
+        kept = self._kept(old, first_step)
+        if kept != old:
+            beside = path.with_name(f".{path.name}.writing")
+            with beside.open("wb") as file:
+                file.write(kept)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Raises ValueError for a step that is there already, and OSError, with no part of the line left
+        behind, where it cannot be written. A number that is not finite becomes a string: JSON has none.
+        """
+        if step <= self._last:
+            raise ValueError(f"step {step} is not after step {self._last}, which is in {self.path} already")
+        record = {"step": step, **{name: _number(value) for name, value in values.items()}}
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        size = os.fstat(self._descriptor).st_size
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(self._descriptor, line[written:])
+        except OSError:
+            os.ftruncate(self._descriptor, size)
+            raise
+        self._last = step
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _kept(self, old: bytes, first_step: int) -> bytes:
+        whole, _, cut = old.rpartition(b"\n")
+        if cut:
+            self.notes.append(f"{self.path}: the last line was cut off ({len(cut)} bytes) and is dropped")
+        lines = whole.split(b"\n") if whole else []
+        kept: list[bytes] = []
+        later: list[bytes] = []
+        for number, line in enumerate(lines, 1):
+            try:
+                step = int(json.loads(line)["step"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(
+                    f"{self.path}:{number} is no record of a step; move the file away to go on without it"
+                ) from error
+            (kept if step < first_step else later).append(line)
+        if later:
+            self.notes.append(
+                f"{self.path}: {len(later)} steps from {first_step} on are dropped: they are trained again"
+            )
+        return b"".join(line + b"\n" for line in kept)
+
+
+def _number(value: float) -> float | str:
+    value = float(value) if not isinstance(value, int) else value
+    return value if math.isfinite(value) else str(value)
+
+
+class Metrics:
+    """Close it, or use it in a `with`.
+
+    folder: the run's. log: of "tensorboard", "wandb", "trackio". config: what a tracker should know of the
+    run. first_step: where a resumed run goes on. progress: show steps; a display on a terminal, else a line
+    a step. Raises ConfigError where a tracker is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str,
+        steps: int,
+        first_step: int = 0,
+        log: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
+        progress: bool = True,
+        console: Console | None = None,
+    ) -> None:
+        self._trackers = [_TRACKERS[kind](folder, name, first_step, dict(config or {})) for kind in log]
+        self._lines = JsonLines(folder / FILE, first_step=first_step)
+        self._display = Display(steps, first_step, console or Console(stderr=True)) if progress else None
+        for note in self._lines.notes:
+            self.say(note)
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What was taken out of metrics.jsonl to resume."""
+        return self._lines.notes
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """One step's metrics, everywhere. Steps rise."""
+        self._lines.write(step, values)
+        for tracker in self._trackers:
+            tracker.log(step, values)
+        if self._display is not None:
+            self._display.show(step, values)
+
+    def say(self, message: str) -> None:
+        """A remark, without breaking the display."""
+        if self._display is not None:
+            self._display.say(message)
+
+    def close(self) -> None:
+        if self._display is not None:
+            self._display.close()
+        for tracker in self._trackers:
+            tracker.close()
+        self._lines.close()
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Display:
+    """A bar with the last step's figures on a terminal; elsewhere a plain line a step."""
+
+    def __init__(self, steps: int, first_step: int, console: Console) -> None:
+        self._steps, self._first, self._console = steps, first_step, console
+        self._started = time.monotonic()
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[said]}"))
+            self._bar = Progress(*columns, console=console)
+            self._task = self._bar.add_task("training", total=steps, completed=first_step, said="")
+            self._bar.start()
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        done = step + 1
+        each = (time.monotonic() - self._started) / max(1, done - self._first)
+        parts = [f"{label} {format(values[key], how)}" for key, label, how in SHOWN if key in values]
+        said = "  ".join([*parts, f"ETA {_duration(each * max(0, self._steps - done))}"])
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, said=said)
+        else:
+            self.say(f"step {done}/{self._steps}  {said}")
+
+    def say(self, message: str) -> None:
+        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, name: str, first_step: int, config: dict[str, Any]) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise _missing("tensorboard") from error
+        # Events of the steps that are trained again are hidden.
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Tracker:
+    """wandb, and trackio, which has its interface."""
+
+    package: str
+
+    def __init__(self, folder: Path, name: str, first_step: int, config: dict[str, Any]) -> None:
+        try:
+            self._module = __import__(self.package)
+        except ImportError as error:
+            raise _missing(self.package) from error
+        self._start(folder, name, config)
+
+    def _start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._module.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._module.finish()
+
+
+class _Wandb(_Tracker):
+    package = "wandb"
+
+    def _start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
+        self._module.init(
+            project="elastic-decode", name=name, id=name, dir=str(folder), config=config, resume="allow"
+        )
+
+
+class _Trackio(_Tracker):
+    package = "trackio"
+
+    def _start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
+        self._module.init(project="elastic-decode", name=name, config=config, resume="allow")
+
+
+_TRACKERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
+
+
+def _missing(package: str) -> ConfigError:
+    return ConfigError(
+        f"run.log asks for {package}, which is not installed: pip install {package}, or leave it out"
+    )
