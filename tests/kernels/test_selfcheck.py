@@ -48,19 +48,29 @@ def row_by_row(a: np.ndarray, b: np.ndarray, product=np.matmul, **options: Any) 
     return np.concatenate([product(np.ascontiguousarray(row[None]), b, **options) for row in a])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("op", "backend"), [(op, name) for op in OPS for name in runnable(op)])
+def is_interpreted(backend: str) -> bool:
+    return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def has_check(op: str, backend: str, kind: str) -> bool:
+    if is_interpreted(backend):  # the rest is slow there, or not bfloat16; the op's own tests do it
+        return kind == "float32" and op not in ("budget", "draw")
+    if backend == "cpu":
+        return kind != "float8"
+    # test_cuda_paged_attention.py has what there is, float8 among it
+    return (op, backend) != ("paged_attention", "cuda") or kind == "bfloat16"
+
+
+CASES = [
+    (op, name, kind) for op in OPS for name in runnable(op) for kind in KINDS if has_check(op, name, kind)
+]
+
+
+@pytest.mark.parametrize(("op", "backend", "kind"), CASES)
 def test_what_is_right_passes(op, backend, kind, monkeypatch):
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if interpreted and (kind != "float32" or op in ("budget", "draw")):
-        pytest.skip("the op's own tests do; slow, or not bfloat16, under the interpreter")
-    if kind == "float8" and backend == "cpu":
-        pytest.skip("the CPU kernels have no float8 cache")
-    if (op, backend) == ("paged_attention", "cuda") and kind != "bfloat16":
-        pytest.skip("no kernel; test_cuda_paged_attention.py has what there is, float8 among it")
     invariant = backend not in registry.NOT_BATCH_INVARIANT.get(op, ())
     shapes = SMALL._replace(**KINDS[kind])
-    if interpreted:
+    if is_interpreted(backend):
         shapes = shapes._replace(windows=(None,))
         monkeypatch.setattr(np, "matmul", row_by_row)
     outcome = check(op, backend, shapes, device_of(backend), batch_invariant=invariant)
