@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from elastic_decode.errors import ConfigError
+from elastic_decode.rl.budgets import BudgetPlan, Choice, Fixed, Fork, Ramp, Schedule, Uniform
 from elastic_decode.rl.fields import check_keys, require
 
 # What each plan of rl/budgets.py is made of; a key with True may be left out.
@@ -36,26 +37,27 @@ def check_budgets(budgets: Mapping[str, Any], path: str, *, nested: bool = False
     if plan == "schedule":
         _check_stages(budgets["stages"], path)
         return
-    for name in fields:
-        if name in budgets and name != "weights":
-            _check_tokens(
-                budgets[name], f"{path}.{name}", many=(plan, name) in _MANY, bounded=name in _BOUNDED
-            )
+    try:
+        budget_plan(budgets)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
-_MANY = {("choice", "think"), ("fork", "think_at")}
-_BOUNDED = {"low", "high", "first", "last", "steps", "think_at"}
+def budget_plan(budgets: Mapping[str, Any]) -> BudgetPlan:
+    """The plan that a configuration describes. Raises ConfigError for values that it refuses."""
+    name, fields = budgets["plan"], {k: v for k, v in budgets.items() if k not in ("plan", "start")}
+    if name == "schedule":
+        return Schedule([(stage["start"], budget_plan(stage)) for stage in budgets["stages"]])
+    return _PLANS[name](**fields)
 
 
-def _check_tokens(value: Any, path: str, *, many: bool, bounded: bool) -> None:
-    values = value if many and isinstance(value, (list, tuple)) else [value]
-    good = (not many or isinstance(value, (list, tuple))) and bool(values)
-    good = good and all(
-        (v is None and not bounded) or (isinstance(v, int) and not isinstance(v, bool) and v >= 0)
-        for v in values
-    )
-    expected = "a list of token counts" if many else "a number of tokens >= 0"
-    require(good, path, expected + ("" if bounded else ", or null for unlimited"), value)
+_PLANS: dict[str, type[BudgetPlan]] = {
+    "fixed": Fixed,
+    "choice": Choice,
+    "uniform": Uniform,
+    "ramp": Ramp,
+    "fork": Fork,
+}
 
 
 def stages(budgets: Mapping[str, Any]) -> list[Mapping[str, Any]]:

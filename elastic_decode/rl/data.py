@@ -13,25 +13,16 @@ import os
 import random
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from elastic_decode.core import Prompt
 from elastic_decode.errors import ConfigError
 from elastic_decode.rl.config import DataOptions
+from elastic_decode.rl.rollout import Row
 from elastic_decode.tasks import countdown
 
-_FILES = (".jsonl", ".json", ".parquet")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A row of a dataset: its place there, its prompt, and its other columns."""
-
-    index: int
-    prompt: Prompt
-    columns: Mapping[str, Any]
+FILES = (".jsonl", ".json", ".parquet")
 
 
 class Dataset:
@@ -169,13 +160,13 @@ def _read(options: DataOptions) -> Sequence[Mapping[str, Any]]:
     source, path = options.source, Path(options.source).expanduser()
     if source == "countdown":
         return _countdown(options.split)
-    if path.suffix in _FILES:
+    if path.suffix in FILES:
         if not path.is_file():
             raise ConfigError(f"data.source: there is no file {path}")
         readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
         return readers[path.suffix](path)
     if path.exists() or source.startswith((".", "/", "~", os.sep)):
-        raise ConfigError(f"data.source: {path} must be a file that ends in {', '.join(_FILES)}")
+        raise ConfigError(f"data.source: {path} must be a file that ends in {', '.join(FILES)}")
     return _hub(options)
 
 

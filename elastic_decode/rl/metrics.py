@@ -26,8 +26,8 @@ SHOWN = (
     ("reward", "reward", ".3f"),
     ("think_tokens", "think", ".1f"),
     ("solve_tokens", "solve", ".1f"),
-    ("forced_share", "forced", ".0%"),
-    ("tokens_per_second", "tokens/s", ",.0f"),
+    ("think_forced", "forced", ".0%"),
+    ("rollout_tokens_per_second", "tokens/s", ",.0f"),
     ("kl", "KL", ".4f"),
 )
 

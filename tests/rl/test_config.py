@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from elastic_decode.errors import ConfigError
-from elastic_decode.rl.budget_options import longest
+from elastic_decode.rl.budget_options import budget_plan, longest
+from elastic_decode.rl.budgets import Fixed, Fork, Ramp, Schedule
 from elastic_decode.rl.config import GRPOConfig, changes, load_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -71,10 +72,10 @@ def test_the_papers_numbers():
         ("rollout.sampling.seed=3", "rollout.sampling.seed must be null"),
         ("rollout.sampling.top_p=2", "rollout.sampling: SamplingParams.top_p must be in (0, 1]"),
         ("rollout.budgets.thnik=3", "did you mean 'rollout.budgets.think'?"),
-        ("rollout.budgets.think=-1", "rollout.budgets.think must be a number of tokens >= 0"),
+        ("rollout.budgets.think=-1", "rollout.budgets: Fixed.think must be a number of tokens >= 0"),
         ("rollout.budgets={plan: uniform, low: 0, solve: 3}", "rollout.budgets.high is missing"),
         ("rollout.budgets={plan: fork, think_at: [1, 2, 3], solve: 3}", "a multiple of the 3 budgets"),
-        ("rollout.budgets={plan: fork, think_at: 4, solve: 3}", "think_at must be a list of token counts"),
+        ("rollout.budgets={plan: fork, think_at: 4, solve: 3}", "Fork.think_at must list budgets"),
         (
             "rollout.budgets={plan: schedule, stages: [{start: 1, plan: fixed, think: 1, solve: 1}]}",
             "must be steps that begin at 0 and rise, got [1]",
@@ -168,3 +169,14 @@ def test_longest_budgets():
     ]
     assert longest({"plan": "schedule", "stages": stages}) == (None, 7)
     assert longest({"plan": "uniform", "low": 0, "high": 30, "solve": None}) == (30, None)
+
+
+def test_budget_plans():
+    assert budget_plan(load_config(TOY).rollout.budgets) == Fixed(think=15, solve=3)
+    stages = [
+        {"start": 0, "plan": "ramp", "first": 3, "last": 9, "steps": 5, "solve": 2},
+        {"start": 9, "plan": "fork", "think_at": [1, 2], "solve": None},
+    ]
+    assert budget_plan({"plan": "schedule", "stages": stages}) == Schedule(
+        [(0, Ramp(first=3, last=9, steps=5, solve=2)), (9, Fork(think_at=(1, 2), solve=None))]
+    )

@@ -96,7 +96,10 @@ def metrics(folder, console, **values):
 def test_lines_where_there_is_no_terminal(tmp_path):
     screen = io.StringIO()
     with metrics(tmp_path, Console(file=screen, width=40)) as run:
-        run.step(0, {"reward": 0.25, "forced_share": 0.5, "kl": 0.001, "tokens_per_second": 12345.6, "x": 1})
+        run.step(
+            0,
+            {"reward": 0.25, "think_forced": 0.5, "kl": 0.001, "rollout_tokens_per_second": 12345.6, "x": 1},
+        )
         run.say("a [remark]")
     first, second = screen.getvalue().splitlines()
     assert first.startswith("step 1/10  reward 0.250  forced 50%  tokens/s 12,346  KL 0.0010  ETA ")
