@@ -1,4 +1,4 @@
-"""What the trainer trains on, as plain data: a sample of a prompt, and the group that shares one."""
+"""What a trainer's step is made of, as plain data: a dataset's row, a sample of its prompt, their group."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastic_decode.core import FinishReason, ThinkEnd
+from elastic_decode.core import FinishReason, Prompt, ThinkEnd
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of a dataset: its place there, its prompt, and its other columns."""
+
+    index: int
+    prompt: Prompt
+    columns: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,8 +18,8 @@ from typing import Any
 
 from elastic_decode.core import Prompt
 from elastic_decode.errors import ConfigError
+from elastic_decode.rl.batch import Row
 from elastic_decode.rl.config import DataOptions
-from elastic_decode.rl.rollout import Row
 from elastic_decode.tasks import countdown
 
 FILES = (".jsonl", ".json", ".parquet")

@@ -12,12 +12,12 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from elastic_decode.core import Budget, Completion, Generation, Prompt, SamplingParams
 from elastic_decode.errors import BudgetError, CapacityError, ConfigError
 from elastic_decode.llm import Engine
-from elastic_decode.rl.batch import Group, Sample
+from elastic_decode.rl.batch import Group, Row, Sample
 from elastic_decode.rl.budgets import BudgetPlan, GroupBudget
 from elastic_decode.rl.rewards import Pending, Rewards
 from elastic_decode.rl.seeds import derive
@@ -25,15 +25,6 @@ from elastic_decode.rl.seeds import derive
 _log = logging.getLogger(__name__)
 FEW_SPREAD = 0.05  # a smaller share of groups with a spread than this is worth a warning
 FEW_GROUPS = 4  # fewer groups say nothing
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A row of a dataset: its place there, its prompt, and its other columns."""
-
-    index: int
-    prompt: Prompt
-    columns: Mapping[str, Any]
 
 
 @dataclass(slots=True)

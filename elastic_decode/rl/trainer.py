@@ -25,11 +25,11 @@ from elastic_decode.errors import CheckpointError, ConfigError
 from elastic_decode.llm import Engine
 from elastic_decode.rl import checkpoint
 from elastic_decode.rl.advantage import Advantages, advantages
-from elastic_decode.rl.batch import Group
+from elastic_decode.rl.batch import Group, Row
 from elastic_decode.rl.budgets import BudgetPlan
 from elastic_decode.rl.optim import MasterAdamW, Schedule, learning_rate
 from elastic_decode.rl.rewards import Rewards
-from elastic_decode.rl.rollout import RolloutStats, Row, rollout
+from elastic_decode.rl.rollout import RolloutStats, rollout
 from elastic_decode.rl.update import Trained, UpdateOptions, update
 
 # (position, count) -> the rows from there on, and the position after them
@@ -53,6 +53,7 @@ class TrainerOptions:
     run_seed: int = 0
     save_every: int | None = None
     keep: int = 2
+    identity: str = ""  # of all that decides the run's numbers: resuming another's checkpoint is refused
 
     def __post_init__(self) -> None:
         for name in ("steps", "prompts_per_step", "group_size"):
@@ -163,6 +164,7 @@ class GRPOTrainer:
                 "step": self.step,
                 "position": self.position,
                 "run_seed": self.options.run_seed,
+                "identity": self.options.identity,
                 "optimizer": self.optimizer.state_dict(),
             },
             keep=self.options.keep,
@@ -182,6 +184,11 @@ class GRPOTrainer:
             raise CheckpointError(
                 f"{path} is of a run with seed {state['run_seed']}, this one has {self.options.run_seed}: it "
                 "would go on with other samples; use that seed, or start in another folder"
+            )
+        if state["identity"] != self.options.identity:
+            raise CheckpointError(
+                f"{path} is of a run with another configuration or other data ({state['identity']}, not "
+                f"{self.options.identity}): take that run's, or start in another folder"
             )
         checkpoint.load_weights(path, self.model)
         self.optimizer.load_state_dict(state["optimizer"])

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from elastic_decode import Engine, EngineConfig, SamplingParams
 from elastic_decode.assets import tiny_model_path
 from elastic_decode.errors import CheckpointError, ConfigError
+from elastic_decode.rl.batch import Row
 from elastic_decode.rl.budgets import Fixed
 from elastic_decode.rl.loss import objective
 from elastic_decode.rl.optim import MasterAdamW
 from elastic_decode.rl.rewards import Rewards
-from elastic_decode.rl.rollout import Row
 from elastic_decode.rl.trainer import GRPOTrainer, TrainerOptions
 from elastic_decode.rl.update import UpdateOptions
 from elastic_decode.tasks import countdown

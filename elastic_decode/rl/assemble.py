@@ -1,0 +1,166 @@
+"""A configuration into a trainer with everything it stands on: model, engine, data, rewards, optimizer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from elastic_decode.assets import tiny_model_path
+from elastic_decode.errors import ConfigError
+from elastic_decode.llm import Engine
+from elastic_decode.models import hub
+from elastic_decode.rl import data, reward_names
+from elastic_decode.rl.budget_options import longest
+from elastic_decode.rl.budgets import plan_of
+from elastic_decode.rl.config import GRPOConfig, ObjectiveOptions
+from elastic_decode.rl.loss import objective
+from elastic_decode.rl.optim import MasterAdamW
+from elastic_decode.rl.rewards import Rewards
+from elastic_decode.rl.trainer import GRPOTrainer, OnStep, TrainerOptions
+from elastic_decode.rl.update import UpdateOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a run is made of."""
+
+    trainer: GRPOTrainer
+    engine: Engine
+    model: Any
+    dataset: data.Dataset
+
+
+@contextmanager
+def assemble(config: GRPOConfig, *, on_step: Sequence[OnStep] = ()) -> Iterator[Parts]:
+    """The parts of `config`'s run; engine and reward workers are closed at the end.
+
+    Raises ConfigError for what the configuration asks and this trainer does not do, and whatever loading
+    model, data and rewards raises.
+    """
+    _refuse(config)
+    folder = hub.resolve(tiny_model_path() if config.model.path == "tiny" else config.model.path)
+    dataset = data.load(config.data, seed=config.run.seed)
+    functions = reward_names.resolve(config.rewards)
+    grading = config.grading
+    # Before the model: workers are forked, and should not hold what they never use.
+    with Rewards(
+        functions,
+        weights=[reward.weight for reward in config.rewards],
+        workers=grading.workers,
+        timeout=grading.timeout,
+        on_error=grading.on_error,
+    ) as rewards:
+        rewards.check_columns(dataset.columns)
+        tokenizer = hub.tokenizer(folder)
+        model = _load_model(folder, config)
+        reference = copy.deepcopy(model).requires_grad_(False).eval() if config.objective.kl else None
+        with Engine.from_model(
+            model,
+            tokenizer,
+            config.engine,
+            think_open=config.model.think_open,
+            think_close=config.model.think_close,
+        ) as engine:
+            trainer = GRPOTrainer(
+                engine=engine,
+                model=model,
+                next_rows=dataset.batch,
+                rewards=rewards,
+                budgets=plan_of(config.rollout.budgets),
+                optimizer=MasterAdamW(
+                    model.parameters(),
+                    lr=config.optim.lr,
+                    betas=(config.optim.betas[0], config.optim.betas[1]),
+                    eps=config.optim.eps,
+                    weight_decay=config.optim.weight_decay,
+                ),
+                options=_options(config, dataset),
+                reference=reference,
+                folder=config.run.path,
+                on_step=on_step,
+            )
+            yield Parts(trainer, engine, model, dataset)
+
+
+def _refuse(config: GRPOConfig) -> None:
+    """What a configuration may say and this trainer does not do yet."""
+    for wanted, path, instead in (
+        (config.optim.lora, "optim.lora", "train all parameters"),
+        (config.objective.dynamic_sampling, "objective.dynamic_sampling", "objective.drop_flat alone"),
+        (config.rollout.max_prompt_tokens, "rollout.max_prompt_tokens", "engine.max_model_len"),
+        (config.run.eval_every, "run.eval_every", "an on_step callback"),
+    ):
+        if wanted:
+            raise ConfigError(f"{path}={wanted!r}: the trainer does not do this yet; use {instead}")
+    if config.model.revision is not None:
+        raise ConfigError("model.revision: the trainer does not do this yet; give a downloaded folder")
+
+
+def _load_model(folder: Any, config: GRPOConfig) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if config.optim.dtype == "bfloat16" else torch.float32
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = model.to(config.engine.device)
+    if config.optim.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _options(config: GRPOConfig, dataset: data.Dataset) -> TrainerOptions:
+    optim, rollout, run = config.optim, config.rollout, config.run
+    return TrainerOptions(
+        steps=run.steps,
+        prompts_per_step=rollout.prompts_per_step,
+        group_size=rollout.group_size,
+        update=_update_options(config),
+        lr=optim.lr,
+        schedule=optim.schedule,
+        warmup=optim.warmup,
+        sampling=rollout.sampling,
+        train_on_forced=rollout.train_on_forced,
+        run_seed=run.seed,
+        save_every=run.save_every or run.steps,
+        keep=run.keep,
+        identity=f"{config.fingerprint()} {dataset.fingerprint()}",
+    )
+
+
+def _update_options(config: GRPOConfig) -> UpdateOptions:
+    wanted, optim = config.objective, config.optim
+    chosen = objective(wanted.name)
+    chosen = replace(
+        chosen,
+        normalisation=wanted.normalisation or chosen.normalisation,
+        estimator=wanted.advantages or chosen.estimator,
+        drop_flat=chosen.drop_flat if wanted.drop_flat is None else wanted.drop_flat,
+    )
+    return UpdateOptions(
+        objective=chosen,
+        max_tokens=optim.max_tokens_per_microbatch,
+        updates=optim.updates_per_step,
+        eps_low=wanted.clip_low,
+        eps_high=wanted.clip_high,
+        kl_coef=wanted.kl,
+        entropy_coef=wanted.entropy,
+        correction_cap=wanted.importance_cap,
+        constant_length=_constant_length(wanted, config) if chosen.normalisation == "constant" else None,
+        grad_clip=optim.grad_clip,
+    )
+
+
+def _constant_length(wanted: ObjectiveOptions, config: GRPOConfig) -> int:
+    if wanted.constant_length is not None:
+        return wanted.constant_length
+    think, solve = longest(config.rollout.budgets)
+    if think is None or solve is None:
+        raise ConfigError(
+            "objective.constant_length: the budgets are unlimited, so there is no longest output to divide "
+            "by; give a number of tokens"
+        )
+    return think + solve

@@ -1,0 +1,85 @@
+"""Configurations into runs: the toy recipe, cut short; what is asked and not done is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from elastic_decode.errors import CheckpointError, ConfigError
+from elastic_decode.rl.assemble import assemble
+from elastic_decode.rl.config import load_config
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SMALL = (
+    "run.steps=2",
+    "run.save_every=1",
+    "rollout.prompts_per_step=4",
+    "rollout.group_size=4",
+    "grading.workers=1",
+    "engine.max_batch=16",
+)
+
+
+def toy(tmp_path, *overrides):
+    return load_config(RECIPES / "toy.yaml", [f"run.folder={tmp_path}", *SMALL, *overrides])
+
+
+def test_the_toy_recipe_runs_and_is_taken_up_again(tmp_path):
+    told = []
+
+    def note(step, metrics, groups):
+        told.append((step, metrics))
+
+    with assemble(toy(tmp_path), on_step=[note]) as parts:
+        assert not parts.trainer.resume()
+        parts.trainer.train()
+    assert [step for step, _ in told] == [1, 2]
+    for _, metrics in told:  # a step whose groups are all flat trains on nothing
+        assert 0 <= metrics["reward"] <= 1
+        assert ("mismatch_max" in metrics) == (metrics["groups_with_spread"] > 0)
+        assert metrics.get("mismatch_max", 0) < 1e-5
+    assert {"reward/countdown", "think_tokens", "think_forced", "lr"} <= told[0][1].keys()
+
+    with assemble(toy(tmp_path, "run.steps=3", "run.progress=false")) as parts:
+        assert parts.trainer.resume()
+        assert parts.trainer.step == 2
+        parts.trainer.train()
+        assert parts.trainer.position == 12
+    with (
+        assemble(toy(tmp_path, "optim.lr=2e-4")) as parts,
+        pytest.raises(CheckpointError, match="another configuration"),
+    ):
+        parts.trainer.resume()
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "gspo", "cispo", "rloo"])
+def test_every_objective_runs(tmp_path, name):
+    changes = (f"objective={{name: {name}, kl: 0.001, entropy: 0.001}}", "run.steps=1")
+    with assemble(toy(tmp_path, *changes)) as parts:
+        metrics, _ = parts.trainer.train_step()
+    assert metrics["kl"] == pytest.approx(0, abs=1e-6)
+    assert metrics["entropy"] > 0
+
+
+def test_several_budgets_of_a_thought(tmp_path):
+    with assemble(toy(tmp_path, "rollout.budgets={plan: fork, think_at: [5, 15], solve: 3}")) as parts:
+        _, groups = parts.trainer.train_step()
+    assert {sample.think_budget for group in groups for sample in group.samples} == {5, 15}
+
+
+def test_what_is_not_done_is_refused(tmp_path):
+    for override, path in (
+        ("optim.lora={r: 8}", "optim.lora"),
+        ("objective.dynamic_sampling=true", "objective.dynamic_sampling"),
+        ("rollout.max_prompt_tokens=100", "rollout.max_prompt_tokens"),
+        ("run.eval_every=5", "run.eval_every"),
+    ):
+        with (
+            pytest.raises(ConfigError, match=f"{path}=.*does not do this yet"),
+            assemble(toy(tmp_path, override)),
+        ):
+            pass
+    unlimited = ("objective={name: dr_grpo}", "rollout.budgets={plan: fixed, think: null, solve: 3}")
+    with pytest.raises(ConfigError, match="constant_length"), assemble(toy(tmp_path, *unlimited)):
+        pass
