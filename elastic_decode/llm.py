@@ -11,7 +11,7 @@ from typing import Any
 
 from elastic_decode.budgets import Policy, truncate
 from elastic_decode.config import EngineConfig, ModelConfig
-from elastic_decode.core import Budget, Generation, Request, SamplingParams, TokenEvent
+from elastic_decode.core import Budget, Generation, Prompt, Request, SamplingParams, TokenEvent
 from elastic_decode.delimiters import Delimiters, resolve
 from elastic_decode.engine.build import build, check_device
 from elastic_decode.engine.delivery import Sink
@@ -316,6 +316,13 @@ class Engine:
         return True
 
     # ---- the engine itself ----
+
+    def encode(self, prompt: Prompt, *, chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
+        """The token ids that a prompt is decoded from: `Generation.prompt_token_ids`."""
+        if self._closed:
+            raise EngineClosed(_CLOSED)
+        (listed,) = as_prompt_list([prompt])
+        return self._intake.encode(listed, self.delimiters, chat_template_kwargs).ids
 
     def sync_weights(self) -> int:
         """Take over updated weights: required after every update of a shared module. Returns the new weight

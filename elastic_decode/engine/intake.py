@@ -5,7 +5,7 @@ refused here.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,9 @@ import torch
 
 from elastic_decode import automata
 from elastic_decode.budgets import Policy, as_policy
-from elastic_decode.core import Budget, Phase, Request
+from elastic_decode.core import Budget, Phase, Prompt, Request
 from elastic_decode.delimiters import Delimiters
-from elastic_decode.engine.prompts import as_prompt_list, encode_prompt
+from elastic_decode.engine.prompts import Encoded, as_prompt_list, encode_prompt
 from elastic_decode.engine.sequence import Group
 from elastic_decode.engine.sequence import Sequence as Sample
 from elastic_decode.engine.text import StopScanner, TextStream
@@ -111,6 +111,19 @@ class Intake:
         self._check_fits(group.sequences)
         return group
 
+    def encode(
+        self, prompt: Prompt, delimiters: Delimiters, template_kwargs: Mapping[str, Any] | None
+    ) -> Encoded:
+        """A prompt's ids and the phase they start in. Raises ConfigError."""
+        return encode_prompt(
+            self._tokenizer,
+            prompt,
+            delimiters,
+            vocab_size=self._vocab_size,
+            vocabulary=self._vocabulary,
+            template_kwargs=template_kwargs,
+        )
+
     def grow_branch(self, branch: Sample) -> None:
         """Give a branch the root's first tokens and the state its own budget leaves after them."""
         root, shared = branch.group.sequences[0], branch.known_output
@@ -150,14 +163,7 @@ class Intake:
         delimiters = request.delimiters or self._delimiters
         if not isinstance(delimiters, Delimiters):
             raise ConfigError(f"Request.delimiters must be Delimiters, got {delimiters!r}")
-        encoded = encode_prompt(
-            self._tokenizer,
-            prompt,
-            delimiters,
-            vocab_size=self._vocab_size,
-            vocabulary=self._vocabulary,
-            template_kwargs=request.chat_template_kwargs,
-        )
+        encoded = self.encode(prompt, delimiters, request.chat_template_kwargs)
         prompt_ids = encoded.ids
         if len(prompt_ids) >= self._max_model_len:
             raise CapacityError(

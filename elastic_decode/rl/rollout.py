@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from elastic_decode.core import Budget, Completion, Generation, Prompt, SamplingParams
 from elastic_decode.errors import BudgetError, CapacityError, ConfigError
@@ -55,6 +55,8 @@ def rollout(
     sampling: SamplingParams | None = None,
     train_on_forced: bool = False,
     too_long: Literal["skip", "raise"] = "skip",
+    max_prompt_tokens: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     stats: RolloutStats | None = None,
 ) -> Generator[Group, None, None]:
     """A Group of `group_size` scored samples for every row, as they are complete. Closing the generator
@@ -66,9 +68,9 @@ def rollout(
     they are forked, unless the engine's prefix cache is on).
 
     sampling: without a seed, seeds are derived; a row that comes twice in `rows` is sampled twice.
-    too_long: prompts that leave no room for their budgets are skipped with a warning, and counted, or raise.
-    Where no row at all fits, the engine's error is raised. Raises ConfigError, and RewardError as `rewards`
-    decides.
+    too_long: prompts that leave no room for their budgets, or are longer than max_prompt_tokens, are skipped
+    with a warning, and counted, or raise; where no row at all fits, the engine's error is raised. Raises
+    ConfigError, and RewardError as `rewards` decides.
     """
     sampling = sampling or SamplingParams()
     stats = stats if stats is not None else RolloutStats()
@@ -81,7 +83,8 @@ def rollout(
     if not rows:
         raise ConfigError("rollout needs at least one row; the dataset, or this step's part of it, is empty")
     asked = _tasks(rows, budgets, sampling, run_seed, step, group_size)
-    runs = _that_fit(engine, asked, group_size, too_long, step, stats)
+    decoder = _Decoder(engine, group_size, max_prompt_tokens, chat_template_kwargs)
+    runs = _that_fit(decoder, asked, too_long, step, stats)
     return _groups(engine, runs, rewards, step, group_size, train_on_forced, stats)
 
 
@@ -133,22 +136,49 @@ class _Run(NamedTuple):
     tasks: list[_Task]
     forked: bool
 
-    def start(self, engine: Engine, group_size: int) -> Generator[Generation, None, None]:
-        """Checks every prompt now, decodes when asked. A forked task is a prompt a thought."""
-        prompts = [task.row.prompt for task in self.tasks for _ in task.sampling]
-        sampling = [params for task in self.tasks for params in task.sampling]
-        first = self.tasks[0].budget
-        if self.forked:
+
+class _Decoder(NamedTuple):
+    engine: Engine
+    group_size: int
+    max_prompt_tokens: int | None
+    template: Mapping[str, Any] | None
+
+    def start(self, run: _Run) -> Generator[Generation, None, None]:
+        """Checks every prompt now, decodes when asked. A forked task is a prompt a thought. Raises
+        CapacityError or BudgetError where a prompt is too long.
+        """
+        for task in run.tasks if self.max_prompt_tokens is not None else ():
+            length = len(self.engine.encode(task.row.prompt, chat_template_kwargs=self.template))
+            if self.max_prompt_tokens is not None and length > self.max_prompt_tokens:
+                raise CapacityError(
+                    f"the prompt of dataset row {task.row.index} has {length} tokens, max_prompt_tokens is "
+                    f"{self.max_prompt_tokens}"
+                )
+        prompts = [task.row.prompt for task in run.tasks for _ in task.sampling]
+        sampling = [params for task in run.tasks for params in task.sampling]
+        first = run.tasks[0].budget
+        if run.forked:
             think_at = [b for b in first.think_at if b is not None]  # a plan forks at finite budgets only
-            return engine.fork_rollout(prompts, think_at=think_at, solve=first.solve, sampling=sampling)
-        each = [Budget(task.budget.think_at[0], task.budget.solve) for task in self.tasks]
-        return engine.rollout(prompts, n=group_size, budget=each, sampling=sampling)
+            return self.engine.fork_rollout(
+                prompts,
+                think_at=think_at,
+                solve=first.solve,
+                sampling=sampling,
+                chat_template_kwargs=self.template,
+            )
+        each = [Budget(task.budget.think_at[0], task.budget.solve) for task in run.tasks]
+        return self.engine.rollout(
+            prompts,
+            n=self.group_size,
+            budget=each,
+            sampling=sampling,
+            chat_template_kwargs=self.template,
+        )
 
 
 def _that_fit(
-    engine: Engine,
+    decoder: _Decoder,
     tasks: list[_Task],
-    group_size: int,
     too_long: str,
     step: int,
     stats: RolloutStats,
@@ -163,7 +193,7 @@ def _that_fit(
     for kind, listed in kinds.items():
         run = _Run(listed, kind is not None)
         try:
-            started.append((run, run.start(engine, group_size)))
+            started.append((run, decoder.start(run)))
             continue
         except (BudgetError, CapacityError) as error:
             if too_long == "raise":
@@ -172,14 +202,14 @@ def _that_fit(
         fitting = []
         for task in listed:
             try:
-                _Run([task], run.forked).start(engine, group_size)
+                decoder.start(_Run([task], run.forked))
                 fitting.append(task)
             except (BudgetError, CapacityError) as error:
                 refusal = error
                 skipped.append(task.row.index)
         if fitting:
             run = _Run(fitting, run.forked)
-            started.append((run, run.start(engine, group_size)))
+            started.append((run, decoder.start(run)))
     if refusal is not None and not started:
         raise refusal
     if skipped:

@@ -7,11 +7,11 @@ import pytest
 
 from elastic_decode import Budget, Engine, EngineConfig, SamplingParams
 from elastic_decode.assets import tiny_model_path
-from elastic_decode.errors import BudgetError, ConfigError, RewardError
-from elastic_decode.rl.batch import Group
+from elastic_decode.errors import BudgetError, CapacityError, ConfigError, RewardError
+from elastic_decode.rl.batch import Group, Row
 from elastic_decode.rl.budgets import Choice, Fixed, Fork
 from elastic_decode.rl.rewards import Rewards
-from elastic_decode.rl.rollout import RolloutStats, Row, rollout
+from elastic_decode.rl.rollout import RolloutStats, rollout
 from elastic_decode.tasks import countdown
 
 FIXED = Fixed(think=15, solve=3)
@@ -196,6 +196,23 @@ def test_prompts_that_do_not_fit(engine, rewards, caplog):
     with pytest.raises(BudgetError):  # nothing fits: the budgets are wrong, not the prompts
         run(engine, rewards, budgets=Fixed(think=900, solve=3))
     assert not engine.has_work
+
+
+def test_a_limit_of_prompt_tokens(engine, rewards):
+    rows = [*ROWS[:2], Row(7, [8] * 20, {"problem": ROWS[0].columns["problem"]})]
+    assert (
+        engine.encode(ROWS[0].prompt)
+        == engine.generate([ROWS[0].prompt], budget=Budget(0, 0))[0].prompt_token_ids
+    )
+    stats = RolloutStats()
+    groups = run(engine, rewards, rows, max_prompt_tokens=20, stats=stats)
+    assert len(groups) == 3
+    assert by_row(run(engine, rewards, rows, max_prompt_tokens=19, stats=stats)) == by_row(
+        [group for group in groups if group.index != 7]
+    )
+    assert stats.skipped_prompts == 1
+    with pytest.raises(CapacityError, match="dataset row 7 has 20 tokens, max_prompt_tokens is 19"):
+        run(engine, rewards, rows, max_prompt_tokens=19, too_long="raise")
 
 
 def test_no_spread_warns_once(engine, caplog):
