@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from elastic_decode.errors import ConfigError
-from elastic_decode.rl.budgets import BudgetPlan, Choice, Fixed, Fork, Ramp, Schedule, Uniform
+from elastic_decode.rl.budgets import plan_of
 from elastic_decode.rl.fields import check_keys, require
 
 # What each plan of rl/budgets.py is made of; a key with True may be left out.
@@ -38,26 +38,9 @@ def check_budgets(budgets: Mapping[str, Any], path: str, *, nested: bool = False
         _check_stages(budgets["stages"], path)
         return
     try:
-        budget_plan(budgets)
+        plan_of({key: value for key, value in budgets.items() if key != "start"})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-
-
-def budget_plan(budgets: Mapping[str, Any]) -> BudgetPlan:
-    """The plan that a configuration describes. Raises ConfigError for values that it refuses."""
-    name, fields = budgets["plan"], {k: v for k, v in budgets.items() if k not in ("plan", "start")}
-    if name == "schedule":
-        return Schedule([(stage["start"], budget_plan(stage)) for stage in budgets["stages"]])
-    return _PLANS[name](**fields)
-
-
-_PLANS: dict[str, type[BudgetPlan]] = {
-    "fixed": Fixed,
-    "choice": Choice,
-    "uniform": Uniform,
-    "ramp": Ramp,
-    "fork": Fork,
-}
 
 
 def stages(budgets: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from elastic_decode.errors import ConfigError
-from elastic_decode.rl.budget_options import budget_plan, longest
-from elastic_decode.rl.budgets import Fixed, Fork, Ramp, Schedule
+from elastic_decode.rl.budget_options import BUDGET_PLANS, longest
+from elastic_decode.rl.budgets import PLANS
 from elastic_decode.rl.config import GRPOConfig, changes, load_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -171,12 +171,7 @@ def test_longest_budgets():
     assert longest({"plan": "uniform", "low": 0, "high": 30, "solve": None}) == (30, None)
 
 
-def test_budget_plans():
-    assert budget_plan(load_config(TOY).rollout.budgets) == Fixed(think=15, solve=3)
-    stages = [
-        {"start": 0, "plan": "ramp", "first": 3, "last": 9, "steps": 5, "solve": 2},
-        {"start": 9, "plan": "fork", "think_at": [1, 2], "solve": None},
-    ]
-    assert budget_plan({"plan": "schedule", "stages": stages}) == Schedule(
-        [(0, Ramp(first=3, last=9, steps=5, solve=2)), (9, Fork(think_at=(1, 2), solve=None))]
-    )
+def test_every_plan_of_budgets_is_known_here():
+    assert set(BUDGET_PLANS) == {*PLANS, "schedule"}
+    for name, plan in PLANS.items():
+        assert list(BUDGET_PLANS[name]) == [field.name for field in dataclasses.fields(plan)]
