@@ -1,4 +1,4 @@
-"""`elastic-decode train`: the plan of a GRPO run from its configuration."""
+"""`elastic-decode train`: a GRPO run from its configuration, or its plan."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from rich.table import Table
 
 from elastic_decode.cli import options
 from elastic_decode.config import ModelConfig
-from elastic_decode.errors import CheckpointError
+from elastic_decode.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from elastic_decode.rl.config import GRPOConfig
     from elastic_decode.rl.estimate import Estimate
 
+_CONFIG = "config.yaml"  # in the run's folder
 _EPILOG = """examples:
-  elastic-decode train --config recipes/toy.yaml --dry-run
+  elastic-decode train --config recipes/toy.yaml
   elastic-decode train --config recipes/e1_math_1.5b.yaml --dry-run optim.lr=2e-6 rollout.group_size=16
 """
 
@@ -26,9 +27,9 @@ _EPILOG = """examples:
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
-        help="check a training configuration and print what its run would need",
-        description="Check the configuration of a GRPO run and print its plan: parameters, memory, tokens a "
-        "step, what trainer and engine share. Loads no weights.",
+        help="train under budgets (GRPO), or print what a run would need",
+        description="Train a model by GRPO under think and solve budgets. Metrics and checkpoints go to the "
+        "run's folder; a run that was stopped goes on from its newest checkpoint.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -39,8 +40,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        required=True,
-        help="print the plan; the only thing that this command does so far",
+        help="print the plan and load no weights: parameters, memory, tokens a step, what is shared",
+    )
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto: from the newest whole checkpoint, if there is one; never: refuse a folder that holds "
+        "a run already; PATH: from that checkpoint (default: auto)",
     )
     parser.set_defaults(run=run)
 
@@ -84,14 +91,68 @@ def _bytes(count: int) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     from elastic_decode.rl.config import load_config  # imports torch: not for --help
-    from elastic_decode.rl.estimate import estimate
 
     config = load_config(arguments.config, arguments.overrides)
+    return _plan(config) if arguments.dry_run else _train(config, arguments.resume)
+
+
+def _plan(config: GRPOConfig) -> int:
+    from elastic_decode.rl.estimate import estimate
+
     rewards = _rewards(config)
     rows, data = _rows(config)
     plan = estimate(config, shape(config.model.path, config.model.revision), rows)
     show(Console(highlight=False, soft_wrap=True), config, plan, data, rewards)
     return 0
+
+
+def _train(config: GRPOConfig, resume: str) -> int:
+    from elastic_decode.rl.assemble import assemble
+    from elastic_decode.rl.metrics import Metrics
+
+    _check_folder(config, resume)
+    written: list[Metrics] = []  # made once it is known at which step the run goes on
+
+    def on_step(step: int, values: dict[str, float], groups: Any) -> None:
+        written[0].step(step - 1, values)
+
+    with assemble(config, on_step=[on_step]) as parts:
+        trainer, run = parts.trainer, config.run
+        if resume != "never":
+            trainer.resume(None if resume == "auto" else Path(resume))
+        run.path.mkdir(parents=True, exist_ok=True)
+        (run.path / _CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+        with Metrics(
+            run.path,
+            name=run.name,
+            steps=run.steps,
+            first_step=trainer.step,
+            log=run.log,
+            config=config.to_dict(),
+            progress=run.progress,
+        ) as metrics:
+            written.append(metrics)
+            where = f"from step {trainer.step}" if trainer.step else "from the start"
+            metrics.say(f"{run.name}: {run.steps} steps {where}, in {run.path}")
+            trainer.train()
+    return 0
+
+
+def _check_folder(config: GRPOConfig, resume: str) -> None:
+    """Raises ConfigError where the folder holds a run that this one must not touch, and says why."""
+    from elastic_decode.rl.config import changes, load_config
+    from elastic_decode.rl.metrics import FILE
+
+    folder = config.run.path
+    if resume == "never" and any((folder / name).exists() for name in (_CONFIG, FILE, "checkpoints")):
+        raise ConfigError(f"{folder} holds a run already; give another run.folder, or --resume auto")
+    if resume != "never" and (folder / _CONFIG).exists() and (folder / "checkpoints").exists():
+        differences = changes(load_config(folder / _CONFIG), config)
+        if differences:
+            raise ConfigError(
+                f"the run in {folder} cannot go on under another configuration; give another run.folder, or "
+                "undo:\n  " + "\n  ".join(differences)
+            )
 
 
 def show(console: Console, config: GRPOConfig, plan: Estimate, data: str, rewards: str) -> None:

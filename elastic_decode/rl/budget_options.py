@@ -5,38 +5,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 from elastic_decode.errors import ConfigError
-from elastic_decode.rl.budgets import plan_of
+from elastic_decode.rl.budgets import PLANS, plan_of
 from elastic_decode.rl.fields import check_keys, require
-
-# What each plan of rl/budgets.py is made of; a key with True may be left out.
-BUDGET_PLANS: dict[str, dict[str, bool]] = {
-    "fixed": {"think": False, "solve": False},
-    "choice": {"think": False, "solve": False, "weights": True},
-    "uniform": {"low": False, "high": False, "solve": False},
-    "ramp": {"first": False, "last": False, "steps": False, "solve": False},
-    "fork": {"think_at": False, "solve": False},
-    "schedule": {"stages": False},
-}
 
 
 def check_budgets(budgets: Mapping[str, Any], path: str, *, nested: bool = False) -> None:
     """Raises ConfigError unless the mapping says one plan, with all that belongs to it and nothing else."""
     plan = budgets.get("plan")
-    plans = [name for name in BUDGET_PLANS if not (nested and name == "schedule")]
+    plans = list(PLANS) if nested else [*PLANS, "schedule"]
     require(plan in plans, f"{path}.plan", f"one of {', '.join(plans)}", plan)
-    fields = BUDGET_PLANS[str(plan)]
-    check_keys(budgets, ["plan", *fields, *(["start"] if nested else [])], path)
-    for name, optional in fields.items():
-        if name not in budgets and not optional:
-            raise ConfigError(f"{path}.{name} is missing: plan {plan} has no default for it")
     if plan == "schedule":
-        _check_stages(budgets["stages"], path)
+        check_keys(budgets, ["plan", "stages"], path)
+        _check_stages(budgets.get("stages"), path)
         return
+    fields = dataclasses.fields(cast(Any, PLANS[str(plan)]))
+    check_keys(budgets, ["plan", *(f.name for f in fields), *(["start"] if nested else [])], path)
+    for field in fields:
+        if field.name not in budgets and field.default is dataclasses.MISSING:
+            raise ConfigError(f"{path}.{field.name} is missing: plan {plan} has no default for it")
     try:
         plan_of({key: value for key, value in budgets.items() if key != "start"})
     except ConfigError as error:

@@ -1,5 +1,6 @@
-"""`elastic-decode train --dry-run`: the plan on a screen, mistakes with exit code 1."""
+"""`elastic-decode train`: runs that stop and go on, the plan, mistakes with exit code 1."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,28 @@ def test_a_sample_that_fits_no_micro_batch_is_said(capsys):
 def test_mistakes(capsys, override, message):
     assert main(["train", "--config", TOY, "--dry-run", override]) == 1
     assert message in capsys.readouterr().err
+
+
+def train(folder, *arguments):
+    small = ["rollout.prompts_per_step=2", "rollout.group_size=2", "grading.workers=0", "run.save_every=2"]
+    return main(["train", "--config", TOY, f"run.folder={folder}", *small, *arguments])
+
+
+def records(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
+
+
+def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(whole, "run.steps=4") == 0
+    assert train(parts, "run.steps=2") == 0
+    assert train(parts, "run.steps=4") == 0
+    assert "4 steps from step 2" in capsys.readouterr().err
+    assert [record["step"] for record in records(whole)] == [0, 1, 2, 3]
+    assert records(parts) == records(whole)
+    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    assert train(whole, "run.steps=4", "optim.lr=3e-4") == 1
+    assert "optim.lr: 0.0001 -> 0.0003" in capsys.readouterr().err
+    assert train(whole, "run.steps=4", "--resume", "never") == 1
+    assert "holds a run already" in capsys.readouterr().err

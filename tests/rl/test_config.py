@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from elastic_decode.errors import ConfigError
-from elastic_decode.rl.budget_options import BUDGET_PLANS, longest
-from elastic_decode.rl.budgets import PLANS
+from elastic_decode.rl.budget_options import longest
 from elastic_decode.rl.config import GRPOConfig, changes, load_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -169,9 +168,3 @@ def test_longest_budgets():
     ]
     assert longest({"plan": "schedule", "stages": stages}) == (None, 7)
     assert longest({"plan": "uniform", "low": 0, "high": 30, "solve": None}) == (30, None)
-
-
-def test_every_plan_of_budgets_is_known_here():
-    assert set(BUDGET_PLANS) == {*PLANS, "schedule"}
-    for name, plan in PLANS.items():
-        assert list(BUDGET_PLANS[name]) == [field.name for field in dataclasses.fields(plan)]
