@@ -8,6 +8,7 @@ event. On the CPU (`HostDevice`) the queue is always empty: work is done as it i
 from __future__ import annotations
 
 import contextlib
+import gc
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -245,15 +246,16 @@ class CudaDevice(Device):
         graph = torch.cuda.CUDAGraph()
         # Not `with torch.cuda.graph(...)`, which waits for the device and collects garbage each time. Other
         # threads (a trainer's data loader) may go on allocating during the capture.
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        try:
-            work()
-        except BaseException:
-            self._pool = None  # it may be without a graph now
-            with contextlib.suppress(RuntimeError):  # not in the place of what went wrong first
-                graph.capture_end()
-            raise
-        graph.capture_end()
+        with _no_garbage_collection():  # which may destroy another engine's events and graphs
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            except BaseException:
+                self._pool = None  # it may be without a graph now
+                with contextlib.suppress(RuntimeError):  # not in the place of what went wrong first
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         self._newest = graph
         return graph.replay
 
@@ -276,6 +278,17 @@ class CudaDevice(Device):
                 caller.wait_stream(self.stream)
             raise
         caller.wait_stream(self.stream)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class _CudaEvent:

@@ -168,11 +168,19 @@ def _text(key: Mapping[str, Any]) -> str:
 
 
 def cache_folder() -> Path:
-    """ELASTIC_DECODE_CACHE, else elastic_decode in XDG_CACHE_HOME or ~/.cache."""
+    """ELASTIC_DECODE_CACHE, else elastic_decode in XDG_CACHE_HOME or ~/.cache; for a user without a home in
+    the folder for temporary files.
+    """
     own = os.environ.get("ELASTIC_DECODE_CACHE")
     if own:
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elastic_decode"
+    base = os.environ.get("XDG_CACHE_HOME")
+    if not base:
+        try:
+            base = str(Path.home() / ".cache")
+        except RuntimeError:  # no HOME, and no entry in the list of users: containers
+            base = tempfile.gettempdir()
+    return Path(base) / "elastic_decode"
 
 
 def _is_remembered(path: Path, key: Mapping[str, Any]) -> bool:

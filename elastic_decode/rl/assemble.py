@@ -92,7 +92,6 @@ def _refuse(config: GRPOConfig) -> None:
     for wanted, path, instead in (
         (config.optim.lora, "optim.lora", "train all parameters"),
         (config.objective.dynamic_sampling, "objective.dynamic_sampling", "objective.drop_flat alone"),
-        (config.rollout.max_prompt_tokens, "rollout.max_prompt_tokens", "engine.max_model_len"),
         (config.run.eval_every, "run.eval_every", "an on_step callback"),
     ):
         if wanted:
@@ -124,6 +123,8 @@ def _options(config: GRPOConfig, dataset: data.Dataset) -> TrainerOptions:
         warmup=optim.warmup,
         sampling=rollout.sampling,
         train_on_forced=rollout.train_on_forced,
+        too_long=rollout.too_long,
+        max_prompt_tokens=rollout.max_prompt_tokens,
         run_seed=run.seed,
         save_every=run.save_every or run.steps,
         keep=run.keep,

@@ -306,7 +306,10 @@ class GRPOConfig:
 
     def resume_key(self) -> dict[str, Any]:
         """What decides the numbers of a run, by dotted path: what may not differ when it is resumed."""
-        free = set(_FREE)
+        # Where bits depend on the batch, so do samples on how batches are made.
+        free = (
+            set(_FREE) if self.engine.batch_invariant else {p for p in _FREE if not p.startswith("engine.")}
+        )
         if self.optim.schedule == "constant":
             free.add("run.steps")  # else the learning rate depends on it
         return {path: value for path, value in flat(self.to_dict()).items() if path not in free}

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from elastic_decode.core import SamplingParams
 from elastic_decode.errors import CheckpointError, ConfigError
@@ -50,6 +50,8 @@ class TrainerOptions:
     warmup: int = 0
     sampling: SamplingParams = field(default_factory=SamplingParams)
     train_on_forced: bool = False
+    too_long: Literal["skip", "raise"] = "skip"
+    max_prompt_tokens: int | None = None
     run_seed: int = 0
     save_every: int | None = None
     keep: int = 2
@@ -213,6 +215,8 @@ class GRPOTrainer:
                     run_seed=options.run_seed,
                     sampling=options.sampling,
                     train_on_forced=options.train_on_forced,
+                    too_long=options.too_long,
+                    max_prompt_tokens=options.max_prompt_tokens,
                     stats=self._stats,
                 )
             ) as groups:

@@ -264,19 +264,21 @@ def _linear_kernel(
     _finish(out, bias, total, at, rows, row_live, live, BIAS)
 
 
-# Counters of the programs that have arrived at each tile, a weight's own: engines that run at the same time
-# on streams of their own do not meet. Each call leaves zeros, so one allocation serves whatever weight later
-# lies at that address.
-_arrived: dict[tuple[torch.device, int], torch.Tensor] = {}
+# Counters of the programs that have arrived at each tile, a stream's and a weight's own: engines that run at
+# the same time on streams of their own do not meet. Each call leaves zeros, so one allocation serves whatever
+# weight later lies at that address.
+_arrived: dict[tuple[torch.device, int, int], torch.Tensor] = {}
 
 
 def _counters(weight: torch.Tensor) -> torch.Tensor:
-    key = weight.device, weight.data_ptr()
+    stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else 0
+    key = weight.device, stream, weight.data_ptr()
     found = _arrived.get(key)
     if found is None:
         if weight.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "linear must have run once with this weight before a CUDA graph is captured around it"
+                "linear must have run once with this weight, on this stream, before a CUDA graph is captured "
+                "around it"
             )
         count = max(tiles.processors for tiles in TILES.values())
         found = _arrived[key] = torch.zeros(count, dtype=torch.int32, device=weight.device)
@@ -291,7 +293,7 @@ def linear(
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """See the package's `linear`. One weight must not be used on two streams at the same time."""
+    """See the package's `linear`."""
     tokens, inputs = x.shape
     outputs = weight.shape[0]
     if out is None:

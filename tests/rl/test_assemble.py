@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_decode.errors import CheckpointError, ConfigError
+from elastic_decode.errors import BudgetError, CapacityError, CheckpointError, ConfigError
 from elastic_decode.rl.assemble import assemble
 from elastic_decode.rl.config import load_config
 
@@ -72,7 +72,6 @@ def test_what_is_not_done_is_refused(tmp_path):
     for override, path in (
         ("optim.lora={r: 8}", "optim.lora"),
         ("objective.dynamic_sampling=true", "objective.dynamic_sampling"),
-        ("rollout.max_prompt_tokens=100", "rollout.max_prompt_tokens"),
         ("run.eval_every=5", "run.eval_every"),
     ):
         with (
@@ -83,3 +82,13 @@ def test_what_is_not_done_is_refused(tmp_path):
     unlimited = ("objective={name: dr_grpo}", "rollout.budgets={plan: fixed, think: null, solve: 3}")
     with pytest.raises(ConfigError, match="constant_length"), assemble(toy(tmp_path, *unlimited)):
         pass
+
+
+def test_prompts_that_are_too_long(tmp_path):
+    limit = "rollout.max_prompt_tokens=2"
+    for override in (limit, "rollout.too_long=raise"):
+        with (
+            assemble(toy(tmp_path, limit, override)) as parts,
+            pytest.raises((BudgetError, CapacityError, ConfigError), match="prompt"),
+        ):
+            parts.trainer.train_step()
