@@ -33,6 +33,9 @@ from elastic_decode.models.decoder import Decoder, ForwardBatch
 SHORTEST = 512  # positions of the narrowest page table a step is recorded for; the others double
 
 
+MOST_RECORDED = 512  # steps; past that the one unused for longest goes. warmup() of 256 rows records fewer
+
+
 @dataclass(slots=True)
 class StepInputs:
     """The tensors of one shape of step: what the host writes for a flight, and what each step overwrites."""
@@ -235,7 +238,7 @@ class DecodeLoop:
             held.steps.clear()
             held.version = batch.version
         key = (rows, width, shared, batch.options)
-        found = held.steps.get(key)
+        found = held.steps.pop(key, None)
         if found is None:
             on = device.device
             groups = None
@@ -248,7 +251,10 @@ class DecodeLoop:
             inputs = self._new_inputs(slots, groups)
             inputs.page_table = torch.zeros((rows, width), dtype=torch.int32, device=on)
             step = device.record(partial(self._step, inputs, batch.table, batch.machine))
-            found = held.steps[key] = _Recorded(inputs, step)
+            found = _Recorded(inputs, step)
+        held.steps[key] = found  # the last in order of use
+        while len(held.steps) > MOST_RECORDED:
+            del held.steps[next(iter(held.steps))]
         return found
 
     def _new_inputs(self, slots: torch.Tensor, shared: SharedPrefixes | None) -> StepInputs:

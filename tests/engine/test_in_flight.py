@@ -413,6 +413,15 @@ def test_a_step_is_recorded_once_a_shape(late):
     }
 
 
+def test_few_recorded_steps_are_kept_if_so_told(late, punctual, monkeypatch):
+    wanted = requests(random.Random(1), 25)
+    want = decode_all(punctual(), wanted)
+    monkeypatch.setattr(decode_loop, "MOST_RECORDED", 2)
+    engine, _ = late(1, graphs=True, horizon=3, **SIZES)
+    assert decode_all(engine, wanted) == want
+    assert len(engine._loop._recordings.steps) == 2
+
+
 def test_warmup_records_every_shape(late):
     engine, _ = late(0, graphs=True, max_batch=20, max_model_len=100)
     engine.warmup()
