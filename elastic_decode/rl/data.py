@@ -19,7 +19,7 @@ from typing import Any
 from elastic_decode.core import Prompt
 from elastic_decode.errors import ConfigError
 from elastic_decode.rl.batch import Row
-from elastic_decode.rl.config import DataOptions
+from elastic_decode.rl.options import DataOptions
 from elastic_decode.tasks import countdown
 
 FILES = (".jsonl", ".json", ".parquet")

@@ -54,6 +54,13 @@ def require(ok: bool, path: str, expected: str, value: object) -> None:
         raise ConfigError(f"{path} must be {expected}, got {value!r}")
 
 
+def positive(path: str, config: Any, *names: str) -> None:
+    """Raises ConfigError unless these fields of `config`, which is at `path`, are >= 1."""
+    for name in names:
+        value = getattr(config, name)
+        require(value >= 1, f"{path}.{name}", ">= 1", value)
+
+
 def plain(value: Any) -> Any:
     """The dataclass, and all in it, as dicts, lists, strings, numbers, booleans and None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_decode.errors import ConfigError
-from elastic_decode.rl.config import DataOptions, RewardOptions
+from elastic_decode.rl.config import RewardOptions
 from elastic_decode.rl.data import Dataset, from_records, load
+from elastic_decode.rl.options import DataOptions
 from elastic_decode.rl.reward_names import resolve
 from elastic_decode.rl.rollout import Row
 from elastic_decode.tasks import countdown

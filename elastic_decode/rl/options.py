@@ -1,0 +1,86 @@
+"""Parts of a configuration: which model, which prompts, how they are decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from elastic_decode.core import SamplingParams
+from elastic_decode.rl.budget_options import check_budgets, stages
+from elastic_decode.rl.fields import positive, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """path: a checkpoint folder, a hub id, or "tiny" for the bundled model. think_open, think_close: the
+    delimiters, found in the tokenizer and chat template unless given.
+    """
+
+    path: str
+    revision: str | None = None
+    think_open: str | None = None
+    think_close: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Where the prompts come from; see rl/data.py.
+
+    source: "countdown" (bundled), a .jsonl, .json or .parquet file, or the id of a Hugging Face dataset, of
+    which `name` is the configuration and `revision` the version. columns: the name a reward function knows ->
+    the name found in the data; the prompt is `prompt`. prefix, suffix: put around prompts that are strings.
+    chat: these become a user's message for the chat template, behind `system` if there is one. duplicates:
+    what to do with rows that are equal in everything. limit: only the first so many rows. shuffle: another
+    order each epoch, by run.seed.
+    """
+
+    source: str
+    split: str = "train"
+    name: str | None = None
+    revision: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
+    suffix: str = ""
+    chat: bool = False
+    system: str | None = None
+    duplicates: Literal["error", "keep", "drop"] = "error"
+    limit: int | None = None
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        require(bool(self.source), "data.source", "a name", self.source)
+        require(self.limit is None or self.limit >= 1, "data.limit", ">= 1 or null", self.limit)
+        require(self.system is None or self.chat, "data.system", "null unless data.chat is true", self.system)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutOptions:
+    """A step decodes prompts_per_step x group_size samples.
+
+    budgets: {plan: fixed, think: 1024, solve: 1024} or another plan of rl/budgets.py, with its fields; null
+    is unlimited. sampling: its seed must be null, seeds derive from run.seed, step, prompt and sample.
+    train_on_forced: forced tokens are in the loss (the paper), or not (on-policy). too_long: what to do with
+    prompts that leave no room for their budgets. max_prompt_tokens: a longer prompt is too long, too.
+    """
+
+    prompts_per_step: int
+    group_size: int
+    budgets: Mapping[str, Any]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    train_on_forced: bool = False
+    too_long: Literal["skip", "raise"] = "skip"
+    max_prompt_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        positive("rollout", self, "prompts_per_step")
+        require(self.group_size >= 2, "rollout.group_size", ">= 2: a group is compared", self.group_size)
+        check_budgets(self.budgets, "rollout.budgets")
+        seed = self.sampling.seed
+        require(seed is None, "rollout.sampling.seed", "null (seeds derive from run.seed)", seed)
+        limit = self.max_prompt_tokens
+        require(limit is None or limit >= 1, "rollout.max_prompt_tokens", ">= 1 or null", limit)
+        for plan in stages(self.budgets):
+            branches = len(plan["think_at"]) if plan["plan"] == "fork" else 1
+            expected = f"a multiple of the {branches} budgets of a forked thought"
+            require(self.group_size % branches == 0, "rollout.group_size", expected, self.group_size)
