@@ -12,6 +12,7 @@ from rich.table import Table
 from elastic_decode.cli import options
 from elastic_decode.config import ModelConfig
 from elastic_decode.errors import CheckpointError, ConfigError
+from elastic_decode.models import hub
 
 if TYPE_CHECKING:
     from elastic_decode.rl.config import GRPOConfig
@@ -56,7 +57,7 @@ def shape(name: str, revision: str | None) -> ModelConfig:
     """The model's shape; of a hub id only config.json is fetched."""
     folder = Path(options.checkpoint(name))
     if folder.is_dir():
-        return ModelConfig.from_hf(folder)
+        return ModelConfig.from_hf(hub.resolve(folder, revision))
     from huggingface_hub import hf_hub_download
 
     try:

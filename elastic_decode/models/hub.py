@@ -21,11 +21,15 @@ def resolve(name: str | os.PathLike[str], revision: str | None = None) -> Path:
     """The folder `name`, or the local snapshot of the hub repository `name` ("owner/model") at `revision`.
 
     Downloads config, tokenizer and safetensors files only, and nothing that is cached already. Raises
-    CheckpointError where there is no such folder or repository, access is refused, or it is not cached and
-    the hub cannot be reached.
+    CheckpointError where there is no such folder or repository, access is refused, it is not cached and the
+    hub cannot be reached, or a folder is asked for a revision.
     """
     path = Path(name).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"{path} is a folder, which has no revision {revision!r}; leave it out, or give a hub id"
+            )
         return path
     if path.exists():
         raise CheckpointError(

@@ -43,7 +43,8 @@ def assemble(config: GRPOConfig, *, on_step: Sequence[OnStep] = ()) -> Iterator[
     model, data and rewards raises.
     """
     _refuse(config)
-    folder = hub.resolve(tiny_model_path() if config.model.path == "tiny" else config.model.path)
+    wanted = config.model
+    folder = hub.resolve(tiny_model_path() if wanted.path == "tiny" else wanted.path, wanted.revision)
     dataset = data.load(config.data, seed=config.run.seed)
     functions = reward_names.resolve(config.rewards)
     grading = config.grading
@@ -96,8 +97,6 @@ def _refuse(config: GRPOConfig) -> None:
     ):
         if wanted:
             raise ConfigError(f"{path}={wanted!r}: the trainer does not do this yet; use {instead}")
-    if config.model.revision is not None:
-        raise ConfigError("model.revision: the trainer does not do this yet; give a downloaded folder")
 
 
 def _load_model(folder: Any, config: GRPOConfig) -> Any:
@@ -125,6 +124,7 @@ def _options(config: GRPOConfig, dataset: data.Dataset) -> TrainerOptions:
         train_on_forced=rollout.train_on_forced,
         too_long=rollout.too_long,
         max_prompt_tokens=rollout.max_prompt_tokens,
+        chat_template_kwargs=rollout.chat_template_kwargs,
         run_seed=run.seed,
         save_every=run.save_every or run.steps,
         keep=run.keep,

@@ -7,13 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from elastic_decode.core import SamplingParams
+from elastic_decode.errors import ConfigError
 from elastic_decode.rl.budget_options import check_budgets, stages
 from elastic_decode.rl.fields import positive, require
+
+# What the engine gives to apply_chat_template.
+_OURS = frozenset({"conversation", "tokenize", "add_generation_prompt", "continue_final_message"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """path: a checkpoint folder, a hub id, or "tiny" for the bundled model. think_open, think_close: the
+    """path: a checkpoint folder, a hub id, or "tiny" for the bundled model. revision: a
+    branch, tag or commit of a hub id, of weights and tokenizer. think_open, think_close: the
     delimiters, found in the tokenizer and chat template unless given.
     """
 
@@ -62,6 +67,8 @@ class RolloutOptions:
     is unlimited. sampling: its seed must be null, seeds derive from run.seed, step, prompt and sample.
     train_on_forced: forced tokens are in the loss (the paper), or not (on-policy). too_long: what to do with
     prompts that leave no room for their budgets. max_prompt_tokens: a longer prompt is too long, too.
+    chat_template_kwargs: what the chat template is given besides the chat ({enable_thinking: true}, say); one
+    that it does not look at does nothing, as in transformers.
     """
 
     prompts_per_step: int
@@ -71,6 +78,7 @@ class RolloutOptions:
     train_on_forced: bool = False
     too_long: Literal["skip", "raise"] = "skip"
     max_prompt_tokens: int | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         positive("rollout", self, "prompts_per_step")
@@ -80,6 +88,8 @@ class RolloutOptions:
         require(seed is None, "rollout.sampling.seed", "null (seeds derive from run.seed)", seed)
         limit = self.max_prompt_tokens
         require(limit is None or limit >= 1, "rollout.max_prompt_tokens", ">= 1 or null", limit)
+        for name in _OURS.intersection(self.chat_template_kwargs):
+            raise ConfigError(f"rollout.chat_template_kwargs.{name}: the engine decides on this itself")
         for plan in stages(self.budgets):
             branches = len(plan["think_at"]) if plan["plan"] == "fork" else 1
             expected = f"a multiple of the {branches} budgets of a forked thought"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +52,7 @@ class TrainerOptions:
     train_on_forced: bool = False
     too_long: Literal["skip", "raise"] = "skip"
     max_prompt_tokens: int | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     run_seed: int = 0
     save_every: int | None = None
     keep: int = 2
@@ -217,6 +218,7 @@ class GRPOTrainer:
                     train_on_forced=options.train_on_forced,
                     too_long=options.too_long,
                     max_prompt_tokens=options.max_prompt_tokens,
+                    chat_template_kwargs=options.chat_template_kwargs,
                     stats=self._stats,
                 )
             ) as groups:

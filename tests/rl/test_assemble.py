@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from elastic_decode.assets import tiny_model_path
 from elastic_decode.errors import BudgetError, CapacityError, CheckpointError, ConfigError
+from elastic_decode.models import hub
 from elastic_decode.rl.assemble import assemble
 from elastic_decode.rl.config import load_config
 
@@ -81,6 +83,36 @@ def test_what_is_not_done_is_refused(tmp_path):
             pass
     unlimited = ("objective={name: dr_grpo}", "rollout.budgets={plan: fixed, think: null, solve: 3}")
     with pytest.raises(ConfigError, match="constant_length"), assemble(toy(tmp_path, *unlimited)):
+        pass
+
+
+def test_arguments_of_the_chat_template(tmp_path):
+    thinking = {}
+    for given in ("true", "false"):  # the bundled template closes the thought where it is false
+        override = f"rollout.chat_template_kwargs={{enable_thinking: {given}, unknown: 1}}"
+        with assemble(toy(tmp_path, override)) as parts:
+            metrics, _ = parts.trainer.train_step()
+        thinking[given] = metrics["think_tokens"]
+    assert thinking["true"] > 5
+    assert thinking["false"] == 0
+
+
+def test_a_revision_is_of_weights_and_tokenizer(tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, *, revision, **_):
+        asked.append((name, revision))
+        return str(tiny_model_path())
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    with assemble(toy(tmp_path, "model={path: owner/model, revision: v2}")) as parts:
+        metrics, _ = parts.trainer.train_step()
+    assert metrics["think_tokens"] > 0
+    assert asked == [("owner/model", "v2")], "one snapshot, for both"
+    with (
+        pytest.raises(CheckpointError, match="is a folder, which has no revision 'v2'"),
+        assemble(toy(tmp_path, "model.revision=v2")),
+    ):
         pass
 
 

@@ -70,6 +70,7 @@ def test_the_papers_numbers():
         ("rollout.group_size=1", "rollout.group_size must be >= 2"),
         ("rollout.sampling.seed=3", "rollout.sampling.seed must be null"),
         ("rollout.sampling.top_p=2", "rollout.sampling: SamplingParams.top_p must be in (0, 1]"),
+        ("rollout.chat_template_kwargs={tokenize: true}", "the engine decides on this itself"),
         ("rollout.budgets.thnik=3", "did you mean 'rollout.budgets.think'?"),
         ("rollout.budgets.think=-1", "rollout.budgets: Fixed.think must be a number of tokens >= 0"),
         ("rollout.budgets={plan: uniform, low: 0, solve: 3}", "rollout.budgets.high is missing"),
