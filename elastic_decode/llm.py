@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from elastic_decode.budgets import Policy, truncate
 from elastic_decode.config import EngineConfig, ModelConfig
@@ -21,8 +23,8 @@ from elastic_decode.engine.runner import interrupts_held
 from elastic_decode.engine.sequence import Group
 from elastic_decode.errors import BudgetError, ConfigError, EngineAsleep, EngineBusy, EngineClosed
 from elastic_decode.models import hub
-from elastic_decode.models.layout import Weights
-from elastic_decode.models.sharing import SharedWeights, share_module
+from elastic_decode.models.layout import Weights, named_tensors
+from elastic_decode.models.sharing import SharedWeights, copy_in, share_module
 from elastic_decode.models.weights import choose_dtype, load_checkpoint, stored_dtype
 
 AnyBudget = Budget | Policy
@@ -56,7 +58,7 @@ class Engine:
         self.delimiters = delimiters
         self.max_model_len = parts.max_model_len
         self.backends = parts.backends
-        self._shared = shared
+        self._weights, self._shared = weights, shared
         self._runner, self._intake, self._loop, self._pool, self._device = (
             parts.runner,
             parts.intake,
@@ -115,6 +117,7 @@ class Engine:
         think_open: str | Sequence[int] | None = None,
         think_close: str | Sequence[int] | None = None,
         eos_ids: Sequence[int] | None = None,
+        fed: Collection[str] = (),
     ) -> Engine:
         """An engine over a live Hugging Face module, sharing its weights without a copy where dtype and
         device agree.
@@ -122,6 +125,11 @@ class Engine:
         The module's parameters become views of the engine's fused buffers, so training them in place trains
         what the engine runs. Call `sync_weights()` after every update. The prefix cache is off unless
         `EngineConfig.prefix_cache=True`.
+
+        fed: checkpoint names ("model.layers.0.self_attn.q_proj.weight") of tensors that the module does not
+        hold as they are to be decoded with, since adapters lie beside them or they are sharded. The engine
+        has buffers of its own for these, decodes once `sync_weights(weights)` has filled them, and wants all
+        of them at every call.
         """
         config = config or EngineConfig()
         check_device(config.device)
@@ -135,7 +143,7 @@ class Engine:
             eos_ids=eos_ids,
         )
         dtype = choose_dtype(config.dtype, stored, config.device)
-        shared = share_module(model, shape, dtype, config.device)
+        shared = share_module(model, shape, dtype, config.device, fed=fed)
         return cls(
             shape,
             shared.weights,
@@ -324,17 +332,28 @@ class Engine:
         (listed,) = as_prompt_list([prompt])
         return self._intake.encode(listed, self.delimiters, chat_template_kwargs).ids
 
-    def sync_weights(self) -> int:
+    def sync_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | None = None) -> int:
         """Take over updated weights: required after every update of a shared module. Returns the new weight
         epoch.
 
         Shared parameters need no copy; others are cast over. Prefix pages of the old weights are forgotten.
+
+        weights: (checkpoint name, whole tensor of any dtype and device) pairs, each cast into the engine's
+        buffer as it comes, so a generator holds one at a time. They are for what the engine holds itself: all
+        of `fed` for an engine made by from_model, any of the checkpoint's tensors for one made by
+        from_pretrained. Raises ConfigError for a wrong name or shape, a `fed` one that is missing, or no
+        `weights` where there are some; the pairs before it are taken over.
         """
-        self._ready(awake=False)
+        if self._closed:
+            raise EngineClosed(_CLOSED)
         with self._working():
-            if self._shared is not None:
-                self._shared.sync()
-            self._runner.scheduler.new_weights()
+            try:
+                if self._shared is not None:
+                    self._shared.sync(weights)
+                elif weights is not None:
+                    copy_in(named_tensors(self._weights, self.model_config), weights)
+            finally:  # an iterator that raised has brought some
+                self._runner.scheduler.new_weights()
         return self._runner.scheduler.epoch
 
     def warmup(self) -> None:
@@ -414,7 +433,7 @@ class Engine:
             self._runner.abort_all()
         self._closed = True
         # Weights and pages go when nothing names them; a shared module keeps its own parameters.
-        del self._runner, self._intake, self._loop, self._pool, self._device, self._shared
+        del self._runner, self._intake, self._loop, self._pool, self._device, self._weights, self._shared
 
     def __enter__(self) -> Engine:
         return self

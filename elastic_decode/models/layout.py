@@ -141,3 +141,15 @@ def assemble(outer: dict[str, torch.Tensor], layers: list[dict[str, torch.Tensor
         final_norm=outer["final_norm"],
         layers=[LayerWeights(**fields) for fields in layers],
     )
+
+
+def named_tensors(weights: Weights, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Each checkpoint tensor as rows of `weights`; a tied head is the embeddings."""
+    found: dict[str, torch.Tensor] = {}
+    for t in outer_layout(config):
+        found.update(t.views(getattr(weights, t.field)))
+    for index, layer in enumerate(weights.layers):
+        for t in layer_layout(config, index):
+            found.update(t.views(getattr(layer, t.field)))
+    found.setdefault(LM_HEAD, weights.lm_head)
+    return found

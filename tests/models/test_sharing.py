@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from elastic_decode.config import ModelConfig
-from elastic_decode.errors import UnsupportedModel, WeightsRebound
+from elastic_decode.errors import ConfigError, UnsupportedModel, WeightsRebound
+from elastic_decode.models.layout import LM_HEAD, named_tensors
+from elastic_decode.models.sharing import copy_in
 from elastic_decode.models.weights import load_checkpoint, share_module
 
 FAMILIES = [
@@ -220,3 +222,82 @@ def test_what_cannot_be_shared_is_named(change, named, make_model):
     change(model)
     with pytest.raises(UnsupportedModel, match=named):
         share(model)
+
+
+Q, DOWN = "model.layers.1.self_attn.q_proj.weight", "model.layers.2.mlp.down_proj.weight"
+
+
+def share_fed(model, *fed):
+    return share_module(model, ModelConfig.from_hf(model.config), torch.float32, "cpu", fed=fed)
+
+
+def test_what_is_fed_has_buffers_of_its_own(make_model):
+    """q and down are fed, the rest of their groups and all else is shared; each `sync` wants all of it."""
+    model = make_model("qwen2")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tied = share_fed(model, Q, DOWN)
+    assert list(tied.fed) == [Q, DOWN]
+    assert not tied.shared
+    with pytest.raises(ConfigError, match=r"no values yet for 'model\.layers\.1.*and 1 more.*sync_weights"):
+        tied.verify()
+    given = {name: torch.randn_like(before[name], dtype=torch.float64) for name in tied.fed}
+    tied.sync(iter(given.items()))
+    tied.verify()
+    rows = before[Q].shape[0]
+    qkv = tied.weights.layers[1].qkv
+    assert torch.equal(qkv[:rows], given[Q].float())
+    assert torch.equal(tied.weights.layers[2].down, given[DOWN].float())
+    assert qkv[rows:].data_ptr() == model.model.layers[1].self_attn.k_proj.weight.data_ptr()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    with pytest.raises(ConfigError, match="without weights"):
+        tied.sync()
+    with pytest.raises(ConfigError, match="down_proj"):
+        tied.sync({Q: given[Q]}.items())
+    with pytest.raises(ConfigError, match="no values yet"):
+        tied.verify()  # half old, half new: not to be decoded with
+    tied.sync(given.items())
+    tied.verify()
+
+
+def test_fed_parameters_may_be_anywhere(make_model):
+    model = make_model("qwen2")
+    whole = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tied = share_fed(model.to("meta"), *whole)
+    tied.sync(whole.items())
+    assert torch.equal(tied.weights.lm_head, whole[LM_HEAD])
+    assert torch.equal(tied.weights.layers[2].down, whole[DOWN])
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"model.norm.weight": torch.ones(48)}, "none of the tensors that the engine holds by itself"),
+        ({Q: torch.ones(48)}, r"has shape \(48,\), expected \(48, 48\)"),
+    ],
+)
+def test_wrong_weights_are_named(given, named, make_model):
+    with pytest.raises(ConfigError, match=named):
+        share_fed(make_model("qwen2"), Q).sync(given.items())
+
+
+def test_what_cannot_be_fed_is_named(make_model):
+    with pytest.raises(ConfigError, match=r"lm_head\.weight' cannot be fed.*tied: feed 'model\.embed_tokens"):
+        share_fed(make_model("qwen2", tie_word_embeddings=True), LM_HEAD)
+    twice = [(Q, torch.zeros(48, 48))] * 2
+    with pytest.raises(ConfigError, match="came twice"):
+        share_fed(make_model("qwen2"), Q).sync(twice)
+
+
+def test_named_tensors_are_the_checkpoint(model, tmp_path):
+    """A state dict copied into other weights of that shape makes them that checkpoint's."""
+    weights = share(model).weights
+    config = ModelConfig.from_hf(model.config)
+    views = named_tensors(weights, config)
+    state = model.state_dict()
+    assert views.keys() == state.keys()
+    for name, tensor in state.items():
+        assert views[name].data_ptr() == tensor.data_ptr()
+    other = {name: torch.randn_like(tensor) for name, tensor in model.named_parameters()}
+    assert copy_in(views, other.items()) == other.keys()
+    assert all(torch.equal(p, other[name]) for name, p in model.named_parameters())
