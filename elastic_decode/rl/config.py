@@ -126,8 +126,8 @@ class LoraOptions:
 @dataclass(frozen=True, kw_only=True)
 class OptimOptions:
     """AdamW. warmup: updates of rising rate. updates_per_step: a step's samples are cut into so many
-    mini-batches, an update each. max_tokens_per_microbatch: prompt + output tokens in one forward pass.
-    dtype: of the trained parameters; bfloat16 has float32 master weights.
+    mini-batches, an update each. max_tokens_per_microbatch: prompt + output tokens, and padding, in one
+    forward pass. dtype: of the trained parameters; bfloat16 has float32 master weights.
     """
 
     lr: float

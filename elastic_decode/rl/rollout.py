@@ -8,6 +8,7 @@ sample alone, so a step done again, on other ranks or in another batch, gives th
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import closing
@@ -32,7 +33,9 @@ class RolloutStats:
     """What a run's rollouts have come to so far: give the same one to every step.
 
     groups: yielded. groups_with_spread: with at least two different rewards. unscorable_samples: reward None.
-    skipped_prompts: that did not fit. warned: a warning about the spread has been given.
+    skipped_prompts: that did not fit. warned: a warning about the spread has been given. reward_seconds: what
+    rewards took of the caller's time, while workers score beside it: handing samples over, taking rewards,
+    and reward_wait_seconds, waiting for them with nothing left to decode.
     """
 
     groups: int = 0
@@ -41,6 +44,8 @@ class RolloutStats:
     unscorable_samples: int = 0
     skipped_prompts: int = 0
     warned: bool = False
+    reward_seconds: float = 0.0
+    reward_wait_seconds: float = 0.0
 
 
 def rollout(
@@ -245,7 +250,9 @@ def _groups(
         for item in [item for item in waiting if item[1].done]:
             waiting.remove(item)
             row, pending = item
+            began = time.perf_counter()
             group = Group(index=row.index, step=step, samples=pending.result(), columns=row.columns)
+            stats.reward_seconds += time.perf_counter() - began
             different = len({reward for reward in group.rewards if reward is not None}) > 1
             counted, spread = counted + 1, spread + different
             stats.groups += 1
@@ -261,11 +268,17 @@ def _groups(
                     samples = _samples(task, completions, train_on_forced)
                     prompt = _shown(engine, task.row.prompt)
                     columns = task.row.columns
+                    began = time.perf_counter()
                     pending = rewards.submit(prompt, samples, columns, step=step, index=task.row.index)
+                    stats.reward_seconds += time.perf_counter() - began
                     waiting.append((task.row, pending))
                     yield from ready()
         while waiting:
+            began = time.perf_counter()
             wait([f for _, p in waiting for f in p.futures if not f.done()], return_when=FIRST_COMPLETED)
+            waited = time.perf_counter() - began
+            stats.reward_seconds += waited
+            stats.reward_wait_seconds += waited
             yield from ready()
     finally:
         for _, pending in waiting:

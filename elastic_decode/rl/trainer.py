@@ -117,6 +117,7 @@ class GRPOTrainer:
     def train_step(self) -> tuple[dict[str, float], list[Group]]:
         """One step: its metrics and its groups, in the batch's order."""
         options, started = self.options, time.perf_counter()
+        asked, waited = self._stats.reward_seconds, self._stats.reward_wait_seconds
         rows, position = self._next_rows(self.position, options.prompts_per_step)
         groups = self._rollout(rows)
         rolled = time.perf_counter()
@@ -148,6 +149,8 @@ class GRPOTrainer:
             "lr": rate,
             "seconds": updated - started,
             "rollout_seconds": rolled - started,
+            "reward_seconds": self._stats.reward_seconds - asked,  # within rollout_seconds, as is the next
+            "reward_wait_seconds": self._stats.reward_wait_seconds - waited,
             "update_seconds": updated - rolled,
         }
         tokens = sum(len(sample.token_ids) for group in groups for sample in group.samples)

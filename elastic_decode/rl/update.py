@@ -17,7 +17,7 @@ import torch
 
 from elastic_decode.errors import ConfigError
 from elastic_decode.rl.batch import Sample
-from elastic_decode.rl.logprobs import Packed, pack, plan, token_logprobs
+from elastic_decode.rl.logprobs import Packed, attends_in_rows, pack, plan, token_logprobs
 from elastic_decode.rl.loss import Objective, Tokens, denominators, mismatch, policy_loss
 from elastic_decode.rl.optim import MasterAdamW
 
@@ -75,6 +75,7 @@ def update(
     if options.kl_coef and reference is None:
         raise ConfigError(f"kl_coef={options.kl_coef} needs a reference model")
     device = next(model.parameters()).device
+    in_rows = attends_in_rows(model)
     model.train()
     batches = _mini_batches(wanted, options.updates)
     old: dict[int, torch.Tensor] = {}
@@ -93,7 +94,7 @@ def update(
         if total_tokens == 0:
             continue
         optimizer.zero_grad()
-        micro = plan([_length(row.sample) for row in batch], options.max_tokens)
+        micro = plan([_length(row.sample) for row in batch], options.max_tokens, rows=in_rows)
         summed: dict[str, torch.Tensor] = {}
         for index, chosen in enumerate(micro):
             held = contextlib.nullcontext()
@@ -101,7 +102,7 @@ def update(
                 held = model.no_sync()
             with held:
                 rows = [batch[i] for i in chosen]
-                packed = _pack(rows, device)
+                packed = _pack(rows, device, in_rows)
                 logprobs, entropy = token_logprobs(
                     model, packed, chunk=options.chunk, entropy=bool(options.entropy_coef)
                 )
@@ -151,12 +152,13 @@ def _length(sample: Sample) -> int:
     return len(sample.prompt_ids) + len(sample.token_ids)
 
 
-def _pack(rows: Sequence[Trained], device: torch.device) -> Packed:
+def _pack(rows: Sequence[Trained], device: torch.device, in_rows: bool) -> Packed:
     return pack(
         [(row.sample.prompt_ids, row.sample.token_ids) for row in rows],
         range(len(rows)),
         [row.temperature for row in rows],
         device,
+        rows=in_rows,
     )
 
 
@@ -170,9 +172,10 @@ def _logprobs_of(
 ) -> dict[int, torch.Tensor]:
     """Log-probabilities of each row's output tokens, by the row's id."""
     found: dict[int, torch.Tensor] = {}
-    for chosen in plan([_length(row.sample) for row in rows], options.max_tokens):
+    in_rows = attends_in_rows(model)
+    for chosen in plan([_length(row.sample) for row in rows], options.max_tokens, rows=in_rows):
         some = [rows[i] for i in chosen]
-        packed = _pack(some, device)
+        packed = _pack(some, device, in_rows)
         logprobs, _ = token_logprobs(model, packed, chunk=options.chunk)
         found |= {id(row): own for row, own in zip(some, _split(logprobs, packed, len(some)), strict=True)}
     return found

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from elastic_decode import Budget, Engine, EngineConfig, SamplingParams
 from elastic_decode.assets import tiny_model_path
 from elastic_decode.errors import ConfigError, UnsupportedModel
-from elastic_decode.rl.logprobs import pack, plan, token_logprobs
+from elastic_decode.rl.logprobs import attends_in_rows, pack, plan, token_logprobs
 
 SHAPE = {
     "vocab_size": 97,
@@ -46,13 +46,15 @@ def alone(model, prompt, output, temperature):
     return logprobs.gather(1, torch.tensor(output, dtype=torch.int64).unsqueeze(1)).squeeze(1), entropy
 
 
+@pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("kind", [Qwen2Config, Qwen3Config, LlamaConfig, MistralConfig])
-def test_packed_equals_one_by_one(kind):
+def test_packed_equals_one_by_one(kind, rows):
     model = made(kind)
     samples = random_samples(9)
     temperatures = [1.0, 0.6, 0.0] * 3
     chosen = [0, 2, 3, 5, 8]
-    packed = pack(samples, chosen, temperatures)
+    packed = pack(samples, chosen, temperatures, rows=rows)
+    assert len(packed.input_ids) == (5 if rows else 1)
     with torch.no_grad():
         logprobs, entropy = token_logprobs(model, packed, chunk=7, entropy=True)
         want = [alone(model, *samples[i], temperatures[i] or 1.0) for i in chosen]
@@ -64,13 +66,14 @@ def test_packed_equals_one_by_one(kind):
 def test_gradients_equal_one_by_one_whatever_the_chunk():
     samples = random_samples(6, seed=1)
     grads = []
-    for chunk in (None, 1, 5, 1000):
+    for chunk, rows in ((None, False), (1, False), (5, False), (1000, False), (5, True), (1000, True)):
         model = made(Qwen2Config)
         weights = torch.linspace(0.5, 1.5, sum(len(output) for _, output in samples))
         if chunk is None:
             logprobs = torch.cat([alone(model, *sample, 0.7)[0] for sample in samples])
         else:
-            logprobs, none = token_logprobs(model, pack(samples, range(6), [0.7] * 6), chunk=chunk)
+            packed = pack(samples, range(6), [0.7] * 6, rows=rows)
+            logprobs, none = token_logprobs(model, packed, chunk=chunk)
             assert none is None
         (logprobs * weights).sum().backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -98,6 +101,29 @@ def test_plan_fills_and_never_overflows():
     assert plan([], 64) == []
     with pytest.raises(ConfigError, match=r"sample 1 has 65 tokens .*max_tokens_per_microbatch=64"):
         plan([3, 65], 64)
+
+
+def test_plan_of_rows_pads_little_and_never_overflows():
+    rng = random.Random(0)
+    lengths = [rng.randint(1, 60) for _ in range(200)]
+    batches = plan(lengths, 240, rows=True)
+    assert sorted(index for batch in batches for index in batch) == list(range(200))
+    padded = [len(batch) * max(lengths[index] for index in batch) for batch in batches]
+    assert max(padded) <= 240
+    assert sum(padded) <= 1.1 * sum(lengths)
+    for batch in batches:
+        assert max(lengths[index] for index in batch) <= 2 * min(lengths[index] for index in batch)
+    assert plan([30, 1, 29, 2], 240, rows=True) == [[0, 2], [1, 3]]
+    assert plan([], 64, rows=True) == []
+    with pytest.raises(ConfigError, match=r"sample 1 has 65 tokens"):
+        plan([3, 65], 64, rows=True)
+
+
+def test_rows_are_for_attention_that_would_get_a_mask():
+    model = made(Qwen2Config)
+    assert attends_in_rows(model)  # SDPA
+    model.config._attn_implementation = "flash_attention_2"
+    assert not attends_in_rows(model)
 
 
 def test_the_engines_logprobs_are_these():

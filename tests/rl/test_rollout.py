@@ -162,6 +162,24 @@ def test_a_group_comes_when_it_is_scored_while_others_decode(engine):
     assert sorted(order) == [row.index for row in ROWS]
 
 
+def test_what_rewards_cost_the_caller_is_counted(engine):
+    """The last group's scoring overlaps with nothing."""
+
+    def slow(solution, **columns):
+        time.sleep(0.15)
+        return [0.0, 1.0, *[0.0] * (len(solution) - 2)]
+
+    stats = RolloutStats()
+    with Rewards(slow, workers=2, timeout=20) as rewards:
+        run(engine, rewards, ROWS[:2], stats=stats)
+    assert 0.1 < stats.reward_wait_seconds <= stats.reward_seconds
+    waited = stats.reward_wait_seconds
+    with Rewards(slow, workers=0) as rewards:  # in the caller's own time, and no waiting
+        run(engine, rewards, ROWS[:2], stats=stats)
+    assert stats.reward_wait_seconds == waited
+    assert stats.reward_seconds >= waited + 0.3
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_closing_aborts_what_runs(engine, workers):
     with Rewards(right, workers=workers) as rewards:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from elastic_decode.errors import ConfigError
+from elastic_decode.rl import update as module
 from elastic_decode.rl.batch import Sample
 from elastic_decode.rl.loss import objective
 from elastic_decode.rl.optim import MasterAdamW, learning_rate
@@ -107,9 +108,10 @@ def test_an_update_equals_the_formula_written_out():
 
 
 @pytest.mark.parametrize("name", ["grpo", "dapo", "gspo", "cispo", "dr_grpo", "rloo"])
-def test_micro_batches_change_nothing(name):
+def test_micro_batches_change_nothing(name, monkeypatch):
     gradients = []
-    for max_tokens in (15, 40, 1000):
+    for max_tokens, in_rows in ((15, False), (15, True), (40, True), (1000, False), (1000, True)):
+        monkeypatch.setattr(module, "attends_in_rows", lambda model, in_rows=in_rows: in_rows)
         model = made()
         optimizer = MasterAdamW(model.parameters(), lr=1.0)
         seen = []
