@@ -92,7 +92,6 @@ def _refuse(config: GRPOConfig) -> None:
     """What a configuration may say and this trainer does not do yet."""
     for wanted, path, instead in (
         (config.optim.lora, "optim.lora", "train all parameters"),
-        (config.objective.dynamic_sampling, "objective.dynamic_sampling", "objective.drop_flat alone"),
         (config.run.eval_every, "run.eval_every", "an on_step callback"),
     ):
         if wanted:
@@ -125,6 +124,7 @@ def _options(config: GRPOConfig, dataset: data.Dataset) -> TrainerOptions:
         too_long=rollout.too_long,
         max_prompt_tokens=rollout.max_prompt_tokens,
         chat_template_kwargs=rollout.chat_template_kwargs,
+        sampling_rounds=config.objective.max_sampling_rounds if config.objective.dynamic_sampling else None,
         run_seed=run.seed,
         save_every=run.save_every or run.steps,
         keep=run.keep,

@@ -64,11 +64,11 @@ class ObjectiveOptions:
     clip_high (the ratio stays in [1 - clip_low, 1 + clip_high]), normalisation, advantages (an estimator of
     advantage.ESTIMATORS), drop_flat (groups without a spread are not trained on).
 
-    dynamic_sampling: decode further prompts until the step has prompts_per_step groups with a spread, at most
-    max_sampling_rounds times prompts_per_step (DAPO). kl, entropy: coefficients of the KL to the initial
-    model and of the entropy bonus. importance_cap: of the correction for what log-probabilities of rollout
-    and trainer differ by; null = none. constant_length: what Dr. GRPO divides by; null = the longest output
-    that the budgets allow.
+    dynamic_sampling: decode further prompts until the step has prompts_per_step groups with a spread, in at
+    most max_sampling_rounds rounds (DAPO; see rl/refill.py). kl, entropy: coefficients of the KL to the
+    initial model and of the entropy bonus. importance_cap: of the correction for what log-probabilities of
+    rollout and trainer differ by; null = none. constant_length: what Dr. GRPO divides by; null = the longest
+    output that the budgets allow.
     """
 
     name: str = "grpo"

@@ -28,18 +28,20 @@ from elastic_decode.rl.advantage import Advantages, advantages
 from elastic_decode.rl.batch import Group, Row
 from elastic_decode.rl.budgets import BudgetPlan
 from elastic_decode.rl.optim import MasterAdamW, Schedule, learning_rate
+from elastic_decode.rl.refill import DynamicSampling, Gather, NextRows, one_batch
 from elastic_decode.rl.rewards import Rewards
 from elastic_decode.rl.rollout import RolloutStats, rollout
 from elastic_decode.rl.update import Trained, UpdateOptions, update
 
-# (position, count) -> the rows from there on, and the position after them
-NextRows = Callable[[int, int], tuple[Sequence[Row], int]]
 OnStep = Callable[[int, dict[str, float], Sequence[Group]], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerOptions:
-    """What a run does. Numbers of updates and rates are per step; `update` is one step's objective."""
+    """What a run does. Numbers of updates and rates are per step; `update` is one step's objective.
+
+    sampling_rounds: of dynamic sampling (see rl/refill.py); None = a step is one batch of prompts.
+    """
 
     steps: int
     prompts_per_step: int
@@ -53,6 +55,7 @@ class TrainerOptions:
     too_long: Literal["skip", "raise"] = "skip"
     max_prompt_tokens: int | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    sampling_rounds: int | None = None
     run_seed: int = 0
     save_every: int | None = None
     keep: int = 2
@@ -103,6 +106,10 @@ class GRPOTrainer:
         self._folder = None if folder is None else folder / "checkpoints"
         self._on_step = on_step
         self._stats = RolloutStats()
+        self._gather: Gather = one_batch
+        if options.sampling_rounds is not None:
+            skips = options.too_long == "skip"
+            self._gather = DynamicSampling(options.sampling_rounds, too_long_skips=skips)
 
     def train(self) -> None:
         """Go on to `options.steps`, saving as asked."""
@@ -115,19 +122,21 @@ class GRPOTrainer:
                 self.save()
 
     def train_step(self) -> tuple[dict[str, float], list[Group]]:
-        """One step: its metrics and its groups, in the batch's order."""
+        """One step: its metrics and all groups it decoded, in the batch's order."""
         options, started = self.options, time.perf_counter()
         asked, waited = self._stats.reward_seconds, self._stats.reward_wait_seconds
-        rows, position = self._next_rows(self.position, options.prompts_per_step)
-        groups = self._rollout(rows)
+        gathered = self._gather(
+            self._next_rows, self._rollout, position=self.position, wanted=options.prompts_per_step
+        )
+        groups = gathered.groups
         rolled = time.perf_counter()
         chosen = options.update.objective
         graded = advantages([group.rewards for group in groups], chosen.estimator, drop_flat=chosen.drop_flat)
         trained = [
             Trained(sample=sample, advantage=advantage, temperature=options.sampling.temperature)
-            for group, values in zip(groups, graded.values, strict=True)
+            for group, values, kept in zip(groups, graded.values, gathered.kept, strict=True)
             for sample, advantage in zip(group.samples, values, strict=True)
-            if advantage is not None
+            if kept and advantage is not None
         ]
         rate = learning_rate(
             self.step,
@@ -142,9 +151,10 @@ class GRPOTrainer:
         self.engine.sync_weights()
         updated = time.perf_counter()
         self.step += 1
-        self.position = position
+        self.position = gathered.position
         metrics = {
             **_summary(groups, graded),
+            **gathered.metrics,
             **changes,
             "lr": rate,
             "seconds": updated - started,

@@ -73,7 +73,6 @@ def test_several_budgets_of_a_thought(tmp_path):
 def test_what_is_not_done_is_refused(tmp_path):
     for override, path in (
         ("optim.lora={r: 8}", "optim.lora"),
-        ("objective.dynamic_sampling=true", "objective.dynamic_sampling"),
         ("run.eval_every=5", "run.eval_every"),
     ):
         with (
