@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --no-input
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint format compile-check bench bundled-model clean gpu-build gpu-check gpu-bench gpu-sanitize
+.PHONY: help demo test lint format compile-check bench reproduce reproduce-all bundled-model clean gpu-build gpu-check gpu-bench gpu-sanitize
 .DEFAULT_GOAL := help
 
 help:
@@ -34,6 +34,8 @@ help:
 	@echo "make gpu-check      build for the GPU and run all its tests, none skipped"
 	@echo "make gpu-bench      measure on the GPU (WHAT=ops|decode|peers; default: all)"
 	@echo "make gpu-sanitize   the CUDA kernels under compute-sanitizer"
+	@echo "make reproduce      the paper's finding at toy scale: train under a budget, measure over budgets"
+	@echo "make reproduce-all  the same with rivals, ablations and more seeds (hours)"
 	@echo "make bundled-model  train the bundled tiny model anew"
 	@echo "make clean          remove .venv and everything built"
 
@@ -110,6 +112,12 @@ gpu-sanitize: gpu-build
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool memcheck" --name memcheck
 	$(SANITIZE) --tool racecheck" --name racecheck
 
+reproduce: $(VENV)/.built $(VENV)/.reproduce
+	PYTHONPATH=recipes/reproduce $(BIN)/python recipes/reproduce/run.py $(ARGS)
+
+reproduce-all: $(VENV)/.built $(VENV)/.reproduce
+	PYTHONPATH=recipes/reproduce $(BIN)/python recipes/reproduce/run.py --all $(ARGS)
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find kernels csrc \( -name '*.so' -o -name '*.o' \) -delete
@@ -155,4 +163,8 @@ $(VENV)/.test: pyproject.toml | $(VENV)/.built
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.built
 	$(PIP) install "elastic-decode[dev]"
+	@touch $@
+
+$(VENV)/.reproduce: pyproject.toml | $(VENV)/.built
+	$(PIP) install "elastic-decode[train,plot]"
 	@touch $@

@@ -1,9 +1,9 @@
 """What was measured as figures with error bars: results.json, table.md and, by plot.py, the plots.
 
 An interval is 95 % and has two parts, added in squares: problems (the standard error over problems of the
-mean over seeds; sampling is in it) with the normal quantile, and training seeds (the standard error over seeds)
-with Student's quantile for seeds - 1 degrees of freedom. With one seed there is no second part; the table says
-how many seeds there were.
+mean over seeds; sampling is in it) with the normal quantile, and training seeds (the standard error over
+seeds) with Student's quantile for seeds - 1 degrees of freedom. With one seed there is no second part; the
+table says how many seeds there were.
 """
 
 from __future__ import annotations

@@ -96,6 +96,7 @@ def train_command(protocol: Mapping[str, Any], job: Job, out: Path) -> list[str]
         f"run.steps={arm.get('steps', protocol['steps'])}",
         "run.save_every=100",
         "run.keep=1",
+        "run.eval_every=0",
         "run.progress=false",
     ]
     if "wish" in arm:
