@@ -41,6 +41,14 @@ class WeightsRebound(ElasticDecodeError, RuntimeError):
     """A parameter of the shared module no longer points into the engine's buffers."""
 
 
+class WeightsIncomplete(ElasticDecodeError, RuntimeError):
+    """Taking over new weights broke off: the engine holds old ones beside new ones."""
+
+
+class RankError(ElasticDecodeError, RuntimeError):
+    """Another process of a distributed run failed, or cannot be reached."""
+
+
 class EngineBusy(ElasticDecodeError, RuntimeError):
     """Something that needs an idle engine was asked of one with requests in flight."""
 

@@ -21,7 +21,14 @@ from elastic_decode.engine.device import ordinary_tensors
 from elastic_decode.engine.prompts import as_prompt_list, one_each
 from elastic_decode.engine.runner import interrupts_held
 from elastic_decode.engine.sequence import Group
-from elastic_decode.errors import BudgetError, ConfigError, EngineAsleep, EngineBusy, EngineClosed
+from elastic_decode.errors import (
+    BudgetError,
+    ConfigError,
+    EngineAsleep,
+    EngineBusy,
+    EngineClosed,
+    WeightsIncomplete,
+)
 from elastic_decode.models import hub
 from elastic_decode.models.layout import Weights, named_tensors
 from elastic_decode.models.sharing import SharedWeights, copy_in, share_module
@@ -70,7 +77,7 @@ class Engine:
         self._orphans: list[Group] = []
         self._ids = itertools.count()
         self._lock = threading.Lock()
-        self._closed = self._asleep = False
+        self._closed = self._asleep = self._torn = False
 
     # ---- making one ----
 
@@ -342,19 +349,31 @@ class Engine:
         buffer as it comes, so a generator holds one at a time. They are for what the engine holds itself: all
         of `fed` for an engine made by from_model, any of the checkpoint's tensors for one made by
         from_pretrained. Raises ConfigError for a wrong name or shape, a `fed` one that is missing, or no
-        `weights` where there are some; the pairs before it are taken over.
+        `weights` where there are some. Where that, or an error of the iterator, comes after the first pair,
+        the engine decodes no more (WeightsIncomplete) until a call gets through.
         """
         if self._closed:
             raise EngineClosed(_CLOSED)
+        if weights is not None:
+            weights = self._tearing(weights)
         with self._working():
             try:
                 if self._shared is not None:
                     self._shared.sync(weights)
                 elif weights is not None:
-                    copy_in(named_tensors(self._weights, self.model_config), weights)
+                    copy_in(self._own_tensors(), weights)
+                self._torn = False
             finally:  # an iterator that raised has brought some
                 self._runner.scheduler.new_weights()
         return self._runner.scheduler.epoch
+
+    @property
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The checkpoint names that `sync_weights(weights)` takes, with the shapes it wants."""
+        if self._closed:
+            raise EngineClosed(_CLOSED)
+        held = self._own_tensors() if self._shared is None else self._shared.fed
+        return {name: tuple(tensor.shape) for name, tensor in held.items()}
 
     def warmup(self) -> None:
         """Run each kernel once at full width, and on a GPU record every shape of step, so that the first
@@ -517,11 +536,25 @@ class Engine:
             pass
         return name
 
+    def _own_tensors(self) -> dict[str, torch.Tensor]:
+        return named_tensors(self._weights, self.model_config)
+
+    def _tearing(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same pairs; once the second is asked for, the first is copied: the weights are a mixture."""
+        for pair in weights:
+            yield pair
+            self._torn = True
+
     def _ready(self, *, between_steps: bool = False, awake: bool = True) -> None:
         if self._closed:
             raise EngineClosed(_CLOSED)
         if awake and self._asleep:
             raise EngineAsleep("this engine has released its memory in sleep(); call wake() first")
+        if self._torn and awake:
+            raise WeightsIncomplete(
+                "the last sync_weights(weights) broke off, with old weights left beside new ones; call it "
+                "again with all of them"
+            )
         if self._shared is not None:
             self._shared.verify(modules=not between_steps)
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elastic_decode import Budget, Engine, EngineConfig, SamplingParams
 from elastic_decode.assets import tiny_model_path
-from elastic_decode.errors import ConfigError
+from elastic_decode.errors import ConfigError, WeightsIncomplete
 
 CONFIG = EngineConfig(dtype="float32", kv_memory="16MiB", max_model_len=64, max_batch=8, page_size=4)
 PROMPTS = ["9 1 6 = 3", "2 3 4 = 24"]
@@ -66,3 +66,31 @@ def test_a_fed_engine_wants_its_weights(parts):
         assert decoded(engine) == base
     with Engine.from_model(model, tokenizer, CONFIG) as engine:
         assert decoded(engine) == base
+
+
+@pytest.mark.parametrize("fed", [False, True])
+def test_weights_that_broke_off_are_not_decoded_with(parts, fed):
+    model, other, tokenizer = parts
+    names = [name for name, _ in model.named_parameters()]
+    if fed:
+        engine = Engine.from_model(model, tokenizer, CONFIG, fed=names)
+        engine.sync_weights(model.named_parameters())
+    else:
+        engine = Engine.from_pretrained(tiny_model_path(), CONFIG)
+    with engine:
+        assert set(names) <= engine.weight_shapes.keys()
+        before = decoded(engine)
+        with pytest.raises(ConfigError, match="has shape"):
+            engine.sync_weights([(names[0], torch.zeros(1))])
+        assert decoded(engine) == before, "refused before anything was copied"
+
+        def broken():
+            yield names[0], other.get_parameter(names[0])
+            raise OSError("the peer went away")
+
+        with pytest.raises(OSError, match="went away"):
+            engine.sync_weights(broken())
+        with pytest.raises(WeightsIncomplete, match="broke off"):
+            decoded(engine)
+        engine.sync_weights(model.named_parameters())
+        assert decoded(engine) == before
