@@ -50,6 +50,12 @@ def add_parser(commands: Any) -> None:
         help="auto: from the newest whole checkpoint, if there is one; never: refuse a folder that holds "
         "a run already; PATH: from that checkpoint (default: auto)",
     )
+    parser.add_argument(
+        "--export",
+        metavar="FOLDER",
+        help="train nothing: write the newest checkpoint of a run with adapters (or that of --resume PATH) "
+        "as a whole Hugging Face model, the adapters merged",
+    )
     parser.set_defaults(run=run)
 
 
@@ -94,7 +100,21 @@ def run(arguments: argparse.Namespace) -> int:
     from elastic_decode.rl.config import load_config  # imports torch: not for --help
 
     config = load_config(arguments.config, arguments.overrides)
-    return _plan(config) if arguments.dry_run else _train(config, arguments.resume)
+    if arguments.dry_run:
+        return _plan(config)
+    if arguments.export is not None:
+        return _export(config, arguments.resume, Path(arguments.export))
+    return _train(config, arguments.resume)
+
+
+def _export(config: GRPOConfig, resume: str, folder: Path) -> int:
+    from elastic_decode.rl.export import export
+
+    if resume == "never":
+        raise ConfigError("--export writes a checkpoint: leave --resume never out")
+    path = export(config, folder, path=None if resume == "auto" else Path(resume))
+    Console(highlight=False, soft_wrap=True).print(f"{path}, merged, is in {folder}", markup=False)
+    return 0
 
 
 def _plan(config: GRPOConfig) -> int:

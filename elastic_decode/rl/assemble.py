@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from elastic_decode.assets import tiny_model_path
 from elastic_decode.errors import ConfigError
 from elastic_decode.llm import Engine
 from elastic_decode.models import hub
-from elastic_decode.rl import data, reward_names
+from elastic_decode.rl import data, lora, reward_names
 from elastic_decode.rl.budget_options import longest
 from elastic_decode.rl.budgets import plan_of
 from elastic_decode.rl.config import GRPOConfig, ObjectiveOptions
@@ -43,8 +44,7 @@ def assemble(config: GRPOConfig, *, on_step: Sequence[OnStep] = ()) -> Iterator[
     model, data and rewards raises.
     """
     _refuse(config)
-    wanted = config.model
-    folder = hub.resolve(tiny_model_path() if wanted.path == "tiny" else wanted.path, wanted.revision)
+    folder = model_folder(config)
     dataset = data.load(config.data, seed=config.run.seed)
     functions = reward_names.resolve(config.rewards)
     grading = config.grading
@@ -58,14 +58,17 @@ def assemble(config: GRPOConfig, *, on_step: Sequence[OnStep] = ()) -> Iterator[
     ) as rewards:
         rewards.check_columns(dataset.columns)
         tokenizer = hub.tokenizer(folder)
-        model = _load_model(folder, config)
-        reference = copy.deepcopy(model).requires_grad_(False).eval() if config.objective.kl else None
+        model = module = load_model(folder, config)
+        adapters = _adapters(model, config)
+        if adapters is not None:
+            model = adapters.model
         with Engine.from_model(
-            model,
+            module,
             tokenizer,
             config.engine,
             think_open=config.model.think_open,
             think_close=config.model.think_close,
+            fed=() if adapters is None else adapters.names,
         ) as engine:
             trainer = GRPOTrainer(
                 engine=engine,
@@ -81,7 +84,8 @@ def assemble(config: GRPOConfig, *, on_step: Sequence[OnStep] = ()) -> Iterator[
                     weight_decay=config.optim.weight_decay,
                 ),
                 options=_options(config, dataset),
-                reference=reference,
+                reference=_reference(model, adapters) if config.objective.kl else None,
+                adapters=adapters,
                 folder=config.run.path,
                 on_step=on_step,
             )
@@ -90,15 +94,21 @@ def assemble(config: GRPOConfig, *, on_step: Sequence[OnStep] = ()) -> Iterator[
 
 def _refuse(config: GRPOConfig) -> None:
     """What a configuration may say and this trainer does not do yet."""
-    for wanted, path, instead in (
-        (config.optim.lora, "optim.lora", "train all parameters"),
-        (config.run.eval_every, "run.eval_every", "an on_step callback"),
-    ):
+    for wanted, path, instead in ((config.run.eval_every, "run.eval_every", "an on_step callback"),):
         if wanted:
             raise ConfigError(f"{path}={wanted!r}: the trainer does not do this yet; use {instead}")
+    if config.optim.lora is not None:
+        lora.require_peft()
 
 
-def _load_model(folder: Any, config: GRPOConfig) -> Any:
+def model_folder(config: GRPOConfig) -> Path:
+    """Where the model to start from lies, downloaded if need be."""
+    wanted = config.model
+    return hub.resolve(tiny_model_path() if wanted.path == "tiny" else wanted.path, wanted.revision)
+
+
+def load_model(folder: Any, config: GRPOConfig) -> Any:
+    """The module in `folder`, as the configuration wants it for training, without adapters."""
     from transformers import AutoModelForCausalLM
 
     dtype = torch.bfloat16 if config.optim.dtype == "bfloat16" else torch.float32
@@ -107,6 +117,21 @@ def _load_model(folder: Any, config: GRPOConfig) -> Any:
     if config.optim.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _adapters(model: Any, config: GRPOConfig) -> lora.Adapters | None:
+    wanted, name = config.optim.lora, config.model.path
+    if wanted is None:
+        return None
+    base_name = str(tiny_model_path()) if name == "tiny" else name
+    return lora.attach(model, wanted, run_seed=config.run.seed, base_name=base_name)
+
+
+def _reference(model: Any, adapters: lora.Adapters | None) -> Any:
+    """The initial model, for the KL: a frozen copy, or the module with its adapters switched off."""
+    if adapters is not None:
+        return adapters.model.disable_adapter
+    return copy.deepcopy(model).requires_grad_(False).eval()
 
 
 def _options(config: GRPOConfig, dataset: data.Dataset) -> TrainerOptions:

@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not there: a Hugging Face folder plus what a run needs to go on.
 
     checkpoints/step-000040/
-        config.json, model.safetensors, tokenizer files      save_pretrained: any stack loads the folder
+        config.json, model.safetensors, tokenizer files      save_pretrained: any stack loads the folder;
+                                                             of LoRA the adapters, as peft has them
         trainer.pt                                           optimizer, counters, whatever the trainer gives
         complete.json                                        every file's size; written last
 
@@ -32,8 +33,9 @@ _REPLACED = ".replaced-"
 def save(folder: Path, step: int, *, model: Any, tokenizer: Any, state: dict[str, Any], keep: int) -> Path:
     """Write the checkpoint of `step` under `folder` and remove all but the newest `keep`; its path.
 
-    state: tensors, numbers, strings and containers of them (it is loaded with `weights_only`). Raises OSError
-    (a full disk, for one) with nothing but a hidden folder left behind, which the next save removes.
+    model: whatever has `save_pretrained`. state: tensors, numbers, strings and containers of them (it is
+    loaded with `weights_only`). Raises OSError (a full disk, for one) with nothing but a hidden folder left
+    behind, which the next save removes.
     """
     if keep < 1:
         raise ConfigError(f"keep must be at least 1, got {keep}: a run resumes from the newest checkpoint")

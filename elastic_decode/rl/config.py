@@ -109,7 +109,13 @@ class ObjectiveOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraOptions:
-    """Low-rank adapters through peft. targets: module names, or "all-linear"."""
+    """Low-rank adapters through peft; see rl/lora.py.
+
+    targets: names of linear modules as peft matches them (q_proj: in every layer), or "all-linear": all but
+    the head. alpha: the adapter's product is scaled by alpha / r. dropout: of the adapter's input, when the
+    trainer computes log-probabilities; the engine decodes without it, so the two differ (and old from new
+    ones, with optim.updates_per_step > 1).
+    """
 
     r: int = 16
     alpha: float = 32.0

@@ -10,11 +10,12 @@ import math
 from dataclasses import dataclass
 
 from elastic_decode.config import ModelConfig, parse_size
-from elastic_decode.errors import ConfigError
 from elastic_decode.rl.budget_options import longest
-from elastic_decode.rl.config import GRPOConfig
+from elastic_decode.rl.config import GRPOConfig, LoraOptions
+from elastic_decode.rl.lora import adapted
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 CHUNK = 1024  # positions whose logits exist at a time: the default of rl/update.py
 
 
@@ -66,19 +67,15 @@ def _linears(model: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def _trained(config: GRPOConfig, model: ModelConfig) -> int:
-    lora = config.optim.lora
-    if lora is None:
-        return count_parameters(model)
-    linears = _linears(model)
-    targets = list(linears) if lora.targets == "all-linear" else lora.targets
-    targets = [targets] if isinstance(targets, str) else list(targets)
-    unknown = [name for name in targets if name not in linears]
-    if unknown:
-        raise ConfigError(
-            f"optim.lora.targets: {unknown[0]!r} is none of {', '.join(linears)}, so it cannot be estimated"
-        )
-    return model.num_layers * sum(lora.r * sum(linears[name]) for name in targets)
+def _adapted(lora: LoraOptions, model: ModelConfig) -> list[tuple[int, int]]:
+    """(rows, columns) of every matrix that gets an adapter."""
+    shapes = {
+        f"model.layers.{index}.{'self_attn' if name in _ATTENTION else 'mlp'}.{name}": shape
+        for index in range(model.num_layers)
+        for name, shape in _linears(model).items()
+    }
+    shapes["lm_head"] = (model.vocab_size, model.hidden_size)
+    return [shapes[name] for name in adapted(lora, list(shapes), head="lm_head", tied=model.tie_embeddings)]
 
 
 def activations(model: ModelConfig, tokens: int, element: int, *, checkpointing: bool) -> int:
@@ -98,17 +95,24 @@ def activations(model: ModelConfig, tokens: int, element: int, *, checkpointing:
 
 def estimate(config: GRPOConfig, model: ModelConfig, rows: int | None) -> Estimate:
     """rows: of the dataset, None where that is not known."""
-    count, trained, optim = count_parameters(model), _trained(config, model), config.optim
+    count, optim = count_parameters(model), config.optim
+    matrices = [] if optim.lora is None else _adapted(optim.lora, model)
+    trained = count if optim.lora is None else sum(optim.lora.r * sum(shape) for shape in matrices)
     element = _BYTES[optim.dtype]
-    engine_dtype = model.dtype or "float32" if config.engine.dtype == "auto" else config.engine.dtype
-    shared = engine_dtype == optim.dtype and optim.lora is None
+    engine_dtype = optim.dtype if config.engine.dtype == "auto" else config.engine.dtype
+    shared = engine_dtype == optim.dtype
     memory = {f"weights ({optim.dtype})": count * element}
     if not shared:
         memory[f"the engine's copy ({engine_dtype})"] = count * _BYTES[engine_dtype]
-    if optim.lora is not None:
-        memory["adapters"] = trained * element
-    memory[f"gradients ({optim.dtype})"] = trained * element
-    if optim.dtype != "float32":
+    elif matrices:
+        own = sum(rows * columns for rows, columns in matrices)
+        memory[f"the engine's merged matrices ({engine_dtype})"] = own * element
+    if matrices:
+        memory["a matrix while it is merged (float32)"] = 4 * max(rows * cols for rows, cols in matrices)
+        memory["adapters (float32)"] = trained * 4
+    trained_dtype = "float32" if matrices else optim.dtype
+    memory[f"gradients ({trained_dtype})"] = trained * _BYTES[trained_dtype]
+    if trained_dtype != "float32":
         memory["master weights (float32)"] = trained * 4
     memory["AdamW's moments (float32)"] = trained * 8
     if config.objective.kl and optim.lora is None:
@@ -117,6 +121,9 @@ def estimate(config: GRPOConfig, model: ModelConfig, rows: int | None) -> Estima
     memory["activations (estimate)"] = activations(
         model, optim.max_tokens_per_microbatch, element, checkpointing=optim.gradient_checkpointing
     )
+    if matrices and element < 4 and not optim.gradient_checkpointing:
+        inputs = sum(columns for _, columns in matrices)
+        memory["the adapters' inputs (float32)"] = 4 * optim.max_tokens_per_microbatch * inputs
     rollout = config.rollout
     samples = rollout.prompts_per_step * rollout.group_size
     think, solve = longest(rollout.budgets)
@@ -141,7 +148,11 @@ def estimate(config: GRPOConfig, model: ModelConfig, rows: int | None) -> Estima
 
 def _sharing(shared: bool, *, lora: bool, engine: str, trainer: str) -> str:
     if lora:
-        return "the engine has its own weights; the adapters are merged into them after every step"
+        rest = "shares the rest" if shared else f"has a copy of the rest ({engine}, not {trainer})"
+        return (
+            "the engine has the adapted matrices for itself, into which the adapters are merged after every "
+            f"step, and {rest}"
+        )
     if shared:
         return f"trainer and engine hold the same storage ({trainer}): nothing is copied after an update"
     return (

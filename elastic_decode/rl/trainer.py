@@ -14,19 +14,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from elastic_decode.core import SamplingParams
 from elastic_decode.errors import CheckpointError, ConfigError
 from elastic_decode.llm import Engine
-from elastic_decode.rl import checkpoint
+from elastic_decode.rl import checkpoint, seeds
 from elastic_decode.rl.advantage import Advantages, advantages
 from elastic_decode.rl.batch import Group, Row
 from elastic_decode.rl.budgets import BudgetPlan
+from elastic_decode.rl.lora import Adapters
 from elastic_decode.rl.optim import MasterAdamW, Schedule, learning_rate
 from elastic_decode.rl.refill import DynamicSampling, Gather, NextRows, one_batch
 from elastic_decode.rl.rewards import Rewards
@@ -73,8 +76,9 @@ class TrainerOptions:
 class GRPOTrainer:
     """Trains `model`, whose parameters `engine` decodes with.
 
-    next_rows: the dataset as a function of a position. reference: see `update`. folder: where checkpoints go.
-    on_step: called after every step with its metrics and groups, to log or to evaluate.
+    next_rows: the dataset as a function of a position. reference: see `update`. adapters: those of `model`
+    where it has any; the engine is fed their `names`. folder: where checkpoints go. on_step: called after
+    every step with its metrics and groups, to log or to evaluate.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class GRPOTrainer:
         optimizer: MasterAdamW,
         options: TrainerOptions,
         reference: Any = None,
+        adapters: Adapters | None = None,
         folder: Path | None = None,
         on_step: Sequence[OnStep] = (),
     ) -> None:
@@ -103,6 +108,7 @@ class GRPOTrainer:
         self._rewards = rewards
         self._budgets = budgets
         self._reference = reference
+        self._adapters = adapters
         self._folder = None if folder is None else folder / "checkpoints"
         self._on_step = on_step
         self._stats = RolloutStats()
@@ -110,6 +116,8 @@ class GRPOTrainer:
         if options.sampling_rounds is not None:
             skips = options.too_long == "skip"
             self._gather = DynamicSampling(options.sampling_rounds, too_long_skips=skips)
+        if adapters is not None:
+            self._sync()
 
     def train(self) -> None:
         """Go on to `options.steps`, saving as asked."""
@@ -145,10 +153,11 @@ class GRPOTrainer:
             warmup=options.warmup,
             steps=options.steps,
         )
-        changes = update(
-            self.model, self.optimizer, trained, options.update, lr=rate, reference=self._reference
-        )
-        self.engine.sync_weights()
+        with self._noise():
+            changes = update(
+                self.model, self.optimizer, trained, options.update, lr=rate, reference=self._reference
+            )
+        self._sync()
         updated = time.perf_counter()
         self.step += 1
         self.position = gathered.position
@@ -174,7 +183,7 @@ class GRPOTrainer:
         return checkpoint.save(
             self._folder,
             self.step,
-            model=self.model,
+            model=self._adapters or self.model,
             tokenizer=self.engine.tokenizer,
             state={
                 "step": self.step,
@@ -206,11 +215,26 @@ class GRPOTrainer:
                 f"{path} is of a run with another configuration or other data ({state['identity']}, not "
                 f"{self.options.identity}): take that run's, or start in another folder"
             )
-        checkpoint.load_weights(path, self.model)
+        if self._adapters is not None:
+            self._adapters.load(path)
+        else:
+            checkpoint.load_weights(path, self.model)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.engine.sync_weights()
+        self._sync()
         self.step, self.position = state["step"], state["position"]
         return True
+
+    def _sync(self) -> None:
+        """The engine decodes with what the module is now."""
+        self.engine.sync_weights(None if self._adapters is None else self._adapters.merged())
+
+    @contextmanager
+    def _noise(self) -> Iterator[None]:
+        """Dropout draws by (run seed, step), so that a resumed run draws what it would have drawn."""
+        device = next(self.model.parameters()).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seeds.derive("update", self.options.run_seed, self.step))
+            yield
 
     def _rollout(self, rows: Sequence[Row]) -> list[Group]:
         options = self.options

@@ -67,3 +67,23 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path, capsys):
     assert "optim.lr: 0.0001 -> 0.0003" in capsys.readouterr().err
     assert train(whole, "run.steps=4", "--resume", "never") == 1
     assert "holds a run already" in capsys.readouterr().err
+
+
+def test_adapters_are_trained_and_exported_whole(tmp_path, capsys):
+    run, lora = tmp_path / "run", "optim.lora={r: 2, alpha: 4}"
+    assert train(run, lora, "run.steps=2") == 0
+    assert (run / "checkpoints" / "step-000002" / "adapter_config.json").is_file()
+    assert train(run, lora, "run.steps=2", "--export", str(tmp_path / "whole")) == 0
+    assert f"step-000002, merged, is in {tmp_path / 'whole'}" in capsys.readouterr().out
+    assert (
+        main(["generate", str(tmp_path / "whole"), "--prompt", "9 1 6 = 3", "--think", "5", "--solve", "3"])
+        == 0
+    )
+    for arguments, message in (
+        ([lora, "--export", str(tmp_path / "whole")], "is not empty"),
+        (["--export", str(tmp_path / "other")], "no adapters to merge"),
+        ([lora, "--export", str(tmp_path / "other"), "--resume", str(tmp_path)], "not a whole checkpoint"),
+        ([lora, "run.folder=absent", "--export", str(tmp_path / "other")], "no whole checkpoint"),
+    ):
+        assert train(run, *arguments) == 1
+        assert message in capsys.readouterr().err
