@@ -176,6 +176,12 @@ def _check_folder(config: GRPOConfig, resume: str) -> None:
             )
 
 
+_FORWARD = {
+    "hf": "the Hugging Face module: its log-probabilities and a rollout's differ in their last bits",
+    "engine": "the engine's own kernels: log-probabilities equal a rollout's bit for bit",
+}
+
+
 def show(console: Console, config: GRPOConfig, plan: Estimate, data: str, rewards: str) -> None:
     rollout, optim = config.rollout, config.optim
     most = "" if plan.tokens_a_step is None else f", at most {plan.tokens_a_step:,} sampled tokens"
@@ -200,6 +206,7 @@ def show(console: Console, config: GRPOConfig, plan: Estimate, data: str, reward
         "updates": f"{optim.updates_per_step} a step, {config.objective.name}, {rate}",
         "steps": f"{config.run.steps}{epochs}",
         "weights": plan.sharing,
+        "forward": _FORWARD[optim.forward],
     }
     for name, text in lines.items():
         console.print(f"{name:14}{text}", markup=False)

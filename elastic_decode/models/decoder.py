@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -34,6 +34,22 @@ class ForwardBatch:
     shared: SharedPrefixes | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operators:
+    """What a forward pass is made of, each with the contract of the op of its name in `kernels`."""
+
+    linear: Callable[..., torch.Tensor]
+    rms_norm: Callable[..., torch.Tensor]
+    rope: Callable[..., torch.Tensor]
+    paged_attention: Callable[..., torch.Tensor]
+    silu_mul: Callable[..., torch.Tensor]
+
+    @classmethod
+    def of(cls, backend: str | Mapping[str, str]) -> Operators:
+        """The kernels themselves: of one backend, or of each op's own."""
+        return cls(**{each.name: registry.implementation(each.name, backend) for each in fields(cls)})
+
+
 class _Buffers(NamedTuple):
     """What the operators of a forward pass write; every layer writes the same ones again."""
 
@@ -57,19 +73,28 @@ class Decoder:
         *,
         backend: str | Mapping[str, str] = "cpu",
         max_positions: int,
+        operators: Operators | None = None,
+        cos_sin: torch.Tensor | None = None,
     ) -> None:
         """max_positions: rows of the rotary table; positions stay below. backend: of each op (what
         `registry.resolve` gives), or one that has them all.
+
+        operators: used in place of the kernels of `backend`; they leave `out` alone and return new tensors,
+        so that autograd may keep them (`forward_with_grad`). cos_sin: a table made for an equal decoder.
         """
         self.config = config
         self.weights = weights
         self.max_positions = max_positions
-        self.cos_sin = cos_sin_table(config.rope, config.head_dim, max_positions, weights.device)
-        self._linear = registry.implementation("linear", backend)
-        self._rms_norm = registry.implementation("rms_norm", backend)
-        self._rope = registry.implementation("rope", backend)
-        self._attention = registry.implementation("paged_attention", backend)
-        self._silu_mul = registry.implementation("silu_mul", backend)
+        if cos_sin is None:
+            cos_sin = cos_sin_table(config.rope, config.head_dim, max_positions, weights.device)
+        self.cos_sin = cos_sin
+        self._writes_buffers = operators is None
+        operators = operators or Operators.of(backend)
+        self._linear = operators.linear
+        self._rms_norm = operators.rms_norm
+        self._rope = operators.rope
+        self._attention = operators.paged_attention
+        self._silu_mul = operators.silu_mul
         next_norms = [layer.input_norm for layer in weights.layers[1:]]
         self._plan = list(zip(weights.layers, config.sliding_window, [*next_norms, None], strict=True))
         self._reuse = (
@@ -93,6 +118,17 @@ class Decoder:
         head_dim], written at `slot_mapping`. rows: int32 indices of the tokens whose hidden states are
         wanted; None is all. The result is the caller's own; nothing here keeps it.
         """
+        return self.forward_with_grad(input_ids, batch, kv_pages, rows=rows)
+
+    def forward_with_grad(
+        self,
+        input_ids: torch.Tensor,
+        batch: ForwardBatch,
+        kv_pages: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        *,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`forward` as autograd sees it: differentiable where the operators and the weights are."""
         config, linear, norm, silu_mul = self.config, self._linear, self._rms_norm, self._silu_mul
         rope, attention, cos_sin = self._rope, self._attention, self.cos_sin
         heads, kv_heads, eps = config.num_heads, config.num_kv_heads, config.rms_norm_eps
@@ -103,10 +139,10 @@ class Decoder:
             len(input_ids)
         )
         residual = embedding(input_ids, self.weights.embed)
-        norm(residual, self.weights.layers[0].input_norm, eps, out=normed)
+        normed = norm(residual, self.weights.layers[0].input_norm, eps, out=normed)
         for (layer, window, next_norm), (keys, values) in zip(self._plan, kv_pages, strict=True):
-            linear(normed, layer.qkv, layer.qkv_bias, out=qkv)
-            rope(
+            qkv = linear(normed, layer.qkv, layer.qkv_bias, out=qkv)
+            query = rope(
                 qkv,
                 cos_sin,
                 positions,
@@ -120,7 +156,7 @@ class Decoder:
                 eps=eps,
                 out=query,
             )
-            attention(
+            attended = attention(
                 query,
                 keys,
                 values,
@@ -132,28 +168,32 @@ class Decoder:
                 shared=batch.shared,
                 out=attended,
             )
+            if not self._writes_buffers:
+                attended_rows = attended.flatten(1)
             if next_norm is None and rows is not None:
                 # Past the last attention a token needs no other token: only the wanted ones go on.
                 attended_rows, residual = attended_rows.index_select(0, rows), residual.index_select(0, rows)
                 normed, _, _, _, _, projected, gate_up, activated = self._buffers(len(rows))
-            linear(attended_rows, layer.o, layer.o_bias, out=projected)
-            norm(projected, layer.post_norm, eps, residual=residual, out=normed)
-            linear(normed, layer.gate_up, layer.gate_up_bias, out=gate_up)
-            silu_mul(gate_up, out=activated)
-            linear(activated, layer.down, layer.down_bias, out=projected)
+            projected = linear(attended_rows, layer.o, layer.o_bias, out=projected)
+            normed = norm(projected, layer.post_norm, eps, residual=residual, out=normed)
+            gate_up = linear(normed, layer.gate_up, layer.gate_up_bias, out=gate_up)
+            activated = silu_mul(gate_up, out=activated)
+            projected = linear(activated, layer.down, layer.down_bias, out=projected)
             if next_norm is not None:
-                norm(projected, next_norm, eps, residual=residual, out=normed)
-        result: torch.Tensor = norm(projected, self.weights.final_norm, eps, residual=residual)
-        return result
+                normed = norm(projected, next_norm, eps, residual=residual, out=normed)
+        return norm(projected, self.weights.final_norm, eps, residual=residual)
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """float32 [R, vocab_size] of `hidden` [R, hidden] as `forward` returns it; into `out` where given."""
-        result: torch.Tensor = self._linear(hidden, self.weights.lm_head, out=out, out_dtype=torch.float32)
-        return result
+        return self._linear(hidden, self.weights.lm_head, out=out, out_dtype=torch.float32)
 
     def _buffers(self, tokens: int) -> _Buffers:
-        """Buffers of `tokens` rows: on the CPU the first rows of the largest so far, else new ones."""
+        """Buffers of `tokens` rows: on the CPU the first rows of the largest so far, else new ones; nothing
+        for operators that write none.
+        """
+        if not self._writes_buffers:
+            return _Buffers(*[self.weights.embed.new_empty(0)] * len(_Buffers._fields))
         if not self._reuse:
             return self._allocate(tokens)
         found = self._sliced.get(tokens)

@@ -19,6 +19,8 @@ from elastic_decode.rl import data, lora, reward_names
 from elastic_decode.rl.budget_options import longest
 from elastic_decode.rl.budgets import plan_of
 from elastic_decode.rl.config import GRPOConfig, ObjectiveOptions
+from elastic_decode.rl.engine_forward import EngineForward
+from elastic_decode.rl.logprobs import token_logprobs
 from elastic_decode.rl.loss import objective
 from elastic_decode.rl.optim import MasterAdamW
 from elastic_decode.rl.rewards import Rewards
@@ -83,7 +85,7 @@ def assemble(config: GRPOConfig, *, on_step: Sequence[OnStep] = ()) -> Iterator[
                     eps=config.optim.eps,
                     weight_decay=config.optim.weight_decay,
                 ),
-                options=_options(config, dataset),
+                options=_options(config, dataset, engine),
                 reference=_reference(model, adapters) if config.objective.kl else None,
                 adapters=adapters,
                 folder=config.run.path,
@@ -134,13 +136,13 @@ def _reference(model: Any, adapters: lora.Adapters | None) -> Any:
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 
-def _options(config: GRPOConfig, dataset: data.Dataset) -> TrainerOptions:
+def _options(config: GRPOConfig, dataset: data.Dataset, engine: Engine) -> TrainerOptions:
     optim, rollout, run = config.optim, config.rollout, config.run
     return TrainerOptions(
         steps=run.steps,
         prompts_per_step=rollout.prompts_per_step,
         group_size=rollout.group_size,
-        update=_update_options(config),
+        update=_update_options(config, engine),
         lr=optim.lr,
         schedule=optim.schedule,
         warmup=optim.warmup,
@@ -157,7 +159,7 @@ def _options(config: GRPOConfig, dataset: data.Dataset) -> TrainerOptions:
     )
 
 
-def _update_options(config: GRPOConfig) -> UpdateOptions:
+def _update_options(config: GRPOConfig, engine: Engine) -> UpdateOptions:
     wanted, optim = config.objective, config.optim
     chosen = objective(wanted.name)
     chosen = replace(
@@ -177,6 +179,7 @@ def _update_options(config: GRPOConfig) -> UpdateOptions:
         correction_cap=wanted.importance_cap,
         constant_length=_constant_length(wanted, config) if chosen.normalisation == "constant" else None,
         grad_clip=optim.grad_clip,
+        logprobs=EngineForward(engine).token_logprobs if optim.forward == "engine" else token_logprobs,
     )
 
 

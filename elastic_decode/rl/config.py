@@ -133,7 +133,9 @@ class LoraOptions:
 class OptimOptions:
     """AdamW. warmup: updates of rising rate. updates_per_step: a step's samples are cut into so many
     mini-batches, an update each. max_tokens_per_microbatch: prompt + output tokens, and padding, in one
-    forward pass. dtype: of the trained parameters; bfloat16 has float32 master weights.
+    forward pass. dtype: of the trained parameters; bfloat16 has float32 master weights. forward: what
+    computes the trainer's log-probabilities: "hf", the Hugging Face module, or "engine", the kernels that
+    decode (docs/on-policy.md).
     """
 
     lr: float
@@ -147,6 +149,7 @@ class OptimOptions:
     max_tokens_per_microbatch: int = 16384
     gradient_checkpointing: bool = False
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    forward: Literal["hf", "engine"] = "hf"
     lora: LoraOptions | None = None
 
     def __post_init__(self) -> None:
@@ -160,6 +163,9 @@ class OptimOptions:
             self.grad_clip is None or self.grad_clip > 0, "optim.grad_clip", "> 0 or null", self.grad_clip
         )
         positive("optim", self, "updates_per_step", "max_tokens_per_microbatch")
+        for name in ("lora", "gradient_checkpointing"):
+            wrong = self.forward == "engine" and getattr(self, name)
+            require(not wrong, f"optim.{name}", "off where optim.forward is 'engine'", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +218,16 @@ class GRPOConfig:
             self.rollout.prompts_per_step * self.rollout.group_size,
             self.optim.updates_per_step,
         )
+        if self.optim.forward == "engine":
+            self._check_engine_forward()
         require(updates <= samples, "optim.updates_per_step", f"<= the {samples} samples of a step", updates)
+
+    def _check_engine_forward(self) -> None:
+        engine, why = self.engine, "where optim.forward is 'engine'"
+        require(engine.batch_invariant, "engine.batch_invariant", f"true {why}", engine.batch_invariant)
+        for name in ("dtype", "kv_dtype"):
+            value, allowed = getattr(engine, name), ("auto", self.optim.dtype)
+            require(value in allowed, f"engine.{name}", f"'auto' or {self.optim.dtype!r} {why}", value)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GRPOConfig:

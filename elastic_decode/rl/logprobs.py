@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -141,6 +141,14 @@ def pack(
         sample_of=ints(sample_of),
         temperature=torch.tensor(scale, dtype=torch.float32, device=device),
     )
+
+
+class TokenLogprobs(Protocol):
+    """`token_logprobs`, or another way to the same numbers."""
+
+    def __call__(
+        self, model: Any, packed: Packed, *, chunk: int = ..., entropy: bool = ...
+    ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
 
 def token_logprobs(

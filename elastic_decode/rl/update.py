@@ -17,7 +17,7 @@ import torch
 
 from elastic_decode.errors import ConfigError
 from elastic_decode.rl.batch import Sample
-from elastic_decode.rl.logprobs import Packed, attends_in_rows, pack, plan, token_logprobs
+from elastic_decode.rl.logprobs import Packed, TokenLogprobs, attends_in_rows, pack, plan, token_logprobs
 from elastic_decode.rl.loss import Objective, Tokens, denominators, mismatch, policy_loss
 from elastic_decode.rl.optim import MasterAdamW
 
@@ -27,7 +27,7 @@ Reduce = Callable[[torch.Tensor], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateOptions:
-    """See rl/config.py for what each means to a run."""
+    """See rl/config.py for what each means to a run. logprobs: how the trainer's are computed."""
 
     objective: Objective
     max_tokens: int  # of a micro-batch
@@ -40,6 +40,7 @@ class UpdateOptions:
     constant_length: int | None = None
     grad_clip: float | None = 1.0
     chunk: int = 1024
+    logprobs: TokenLogprobs = token_logprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +76,7 @@ def update(
     if options.kl_coef and reference is None:
         raise ConfigError(f"kl_coef={options.kl_coef} needs a reference model")
     device = next(model.parameters()).device
-    in_rows = attends_in_rows(model)
+    in_rows = _in_rows(model, options)
     model.train()
     batches = _mini_batches(wanted, options.updates)
     old: dict[int, torch.Tensor] = {}
@@ -103,7 +104,7 @@ def update(
             with held:
                 rows = [batch[i] for i in chosen]
                 packed = _pack(rows, device, in_rows)
-                logprobs, entropy = token_logprobs(
+                logprobs, entropy = options.logprobs(
                     model, packed, chunk=options.chunk, entropy=bool(options.entropy_coef)
                 )
                 for row, own in zip(rows, _split(logprobs.detach(), packed, len(rows)), strict=True):
@@ -141,6 +142,10 @@ def update(
     return totals
 
 
+def _in_rows(model: Any, options: UpdateOptions) -> bool:
+    return options.logprobs is token_logprobs and attends_in_rows(model)
+
+
 def _mini_batches(rows: Sequence[Trained], updates: int) -> list[list[Trained]]:
     """`updates` runs of about as many samples each, none empty."""
     count = min(updates, len(rows))
@@ -172,11 +177,11 @@ def _logprobs_of(
 ) -> dict[int, torch.Tensor]:
     """Log-probabilities of each row's output tokens, by the row's id."""
     found: dict[int, torch.Tensor] = {}
-    in_rows = attends_in_rows(model)
+    in_rows = _in_rows(model, options)
     for chosen in plan([_length(row.sample) for row in rows], options.max_tokens, rows=in_rows):
         some = [rows[i] for i in chosen]
         packed = _pack(some, device, in_rows)
-        logprobs, _ = token_logprobs(model, packed, chunk=options.chunk)
+        logprobs, _ = options.logprobs(model, packed, chunk=options.chunk)
         found |= {id(row): own for row, own in zip(some, _split(logprobs, packed, len(some)), strict=True)}
     return found
 
