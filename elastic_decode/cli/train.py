@@ -17,6 +17,7 @@ from elastic_decode.models import hub
 if TYPE_CHECKING:
     from elastic_decode.rl.config import GRPOConfig
     from elastic_decode.rl.estimate import Estimate
+    from elastic_decode.rl.evaluation import EvaluationResult
 
 _CONFIG = "config.yaml"  # in the run's folder
 _EPILOG = """examples:
@@ -85,6 +86,20 @@ def _rows(config: GRPOConfig) -> tuple[int | None, str]:
     return None, f"{options.source}, split {options.split} (of the hub: not read for a plan)"
 
 
+def _evaluation(config: GRPOConfig) -> str:
+    wanted, every = config.evaluation, config.run.eval_every
+    if wanted is None:
+        return "none"
+    when = [f"every {every} steps"] * (every > 0)
+    when += ["before the first"] * wanted.at_start + ["after the last"] * wanted.at_end
+    rows = "all rows" if wanted.limit is None else f"{wanted.limit} rows"
+    budgets = ", ".join(budget.label for budget in wanted.budgets)
+    return (
+        f"{', '.join(when) or 'never'}: {rows} of {wanted.data.source}, split {wanted.data.split}, x "
+        f"{wanted.n} under {budgets}"
+    )
+
+
 def _rewards(config: GRPOConfig) -> str:
     from elastic_decode.rl.reward_names import resolve
 
@@ -137,7 +152,10 @@ def _train(config: GRPOConfig, resume: str) -> int:
     def on_step(step: int, values: dict[str, float], groups: Any) -> None:
         written[0].step(step - 1, values)
 
-    with assemble(config, on_step=[on_step]) as parts:
+    def on_evaluation(step: int, result: EvaluationResult) -> None:
+        written[0].evaluation(step, result.metrics(), str(result))
+
+    with assemble(config, on_step=[on_step], on_evaluation=[on_evaluation]) as parts:
         trainer, run = parts.trainer, config.run
         if resume != "never":
             trainer.resume(None if resume == "auto" else Path(resume))
@@ -148,6 +166,7 @@ def _train(config: GRPOConfig, resume: str) -> int:
             name=run.name,
             steps=run.steps,
             first_step=trainer.step,
+            evaluated=trainer.evaluated,
             log=run.log,
             config=config.to_dict(),
             progress=run.progress,
@@ -205,6 +224,7 @@ def show(console: Console, config: GRPOConfig, plan: Estimate, data: str, reward
         "micro-batches": packing,
         "updates": f"{optim.updates_per_step} a step, {config.objective.name}, {rate}",
         "steps": f"{config.run.steps}{epochs}",
+        "evaluation": _evaluation(config),
         "weights": plan.sharing,
         "forward": _FORWARD[optim.forward],
     }

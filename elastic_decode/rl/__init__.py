@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from elastic_decode.rl.advantage import ESTIMATORS, Advantages, advantages
     from elastic_decode.rl.batch import Group, Sample
     from elastic_decode.rl.config import GRPOConfig, load_config
+    from elastic_decode.rl.evaluation import Evaluation, EvaluationResult, Evaluator, evaluate
     from elastic_decode.rl.length_rewards import L1Exact, L1Max, Long2Short, SoftOverlong, with_l1_suffix
     from elastic_decode.rl.loss import OBJECTIVES, Objective, objective
     from elastic_decode.rl.trainer import GRPOTrainer, TrainerOptions
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "Advantages": "advantage",
     "ESTIMATORS": "advantage",
+    "Evaluation": "evaluation",
+    "EvaluationResult": "evaluation",
+    "Evaluator": "evaluation",
     "GRPOConfig": "config",
     "GRPOTrainer": "trainer",
     "Group": "batch",
@@ -28,6 +32,7 @@ _HOMES = {
     "SoftOverlong": "length_rewards",
     "TrainerOptions": "trainer",
     "advantages": "advantage",
+    "evaluate": "evaluation",
     "load_config": "config",
     "objective": "loss",
     "with_l1_suffix": "length_rewards",
@@ -36,6 +41,9 @@ __all__ = [
     "ESTIMATORS",
     "OBJECTIVES",
     "Advantages",
+    "Evaluation",
+    "EvaluationResult",
+    "Evaluator",
     "GRPOConfig",
     "GRPOTrainer",
     "Group",
@@ -47,6 +55,7 @@ __all__ = [
     "SoftOverlong",
     "TrainerOptions",
     "advantages",
+    "evaluate",
     "load_config",
     "objective",
     "with_l1_suffix",

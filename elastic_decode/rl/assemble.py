@@ -16,15 +16,17 @@ from elastic_decode.errors import ConfigError
 from elastic_decode.llm import Engine
 from elastic_decode.models import hub
 from elastic_decode.rl import data, lora, reward_names
+from elastic_decode.rl.batch import Row
 from elastic_decode.rl.budget_options import longest
 from elastic_decode.rl.budgets import plan_of
 from elastic_decode.rl.config import GRPOConfig, ObjectiveOptions
 from elastic_decode.rl.engine_forward import EngineForward
+from elastic_decode.rl.evaluation import Evaluation, Evaluator, rows_of
 from elastic_decode.rl.logprobs import token_logprobs
 from elastic_decode.rl.loss import objective
 from elastic_decode.rl.optim import MasterAdamW
 from elastic_decode.rl.rewards import Rewards
-from elastic_decode.rl.trainer import GRPOTrainer, OnStep, TrainerOptions
+from elastic_decode.rl.trainer import GRPOTrainer, OnEvaluation, OnStep, TrainerOptions
 from elastic_decode.rl.update import UpdateOptions
 
 
@@ -39,15 +41,19 @@ class Parts:
 
 
 @contextmanager
-def assemble(config: GRPOConfig, *, on_step: Sequence[OnStep] = ()) -> Iterator[Parts]:
+def assemble(
+    config: GRPOConfig, *, on_step: Sequence[OnStep] = (), on_evaluation: Sequence[OnEvaluation] = ()
+) -> Iterator[Parts]:
     """The parts of `config`'s run; engine and reward workers are closed at the end.
 
     Raises ConfigError for what the configuration asks and this trainer does not do, and whatever loading
     model, data and rewards raises.
     """
-    _refuse(config)
+    if config.optim.lora is not None:
+        lora.require_peft()
     folder = model_folder(config)
     dataset = data.load(config.data, seed=config.run.seed)
+    held_out = rows_of(config.evaluation) if config.evaluation is not None else []
     functions = reward_names.resolve(config.rewards)
     grading = config.grading
     # Before the model: workers are forked, and should not hold what they never use.
@@ -59,6 +65,8 @@ def assemble(config: GRPOConfig, *, on_step: Sequence[OnStep] = ()) -> Iterator[
         on_error=grading.on_error,
     ) as rewards:
         rewards.check_columns(dataset.columns)
+        if held_out:
+            rewards.check_columns(held_out[0].columns)
         tokenizer = hub.tokenizer(folder)
         model = module = load_model(folder, config)
         adapters = _adapters(model, config)
@@ -90,17 +98,10 @@ def assemble(config: GRPOConfig, *, on_step: Sequence[OnStep] = ()) -> Iterator[
                 adapters=adapters,
                 folder=config.run.path,
                 on_step=on_step,
+                on_evaluation=on_evaluation,
             )
+            trainer.evaluation = _evaluation(config, engine, rewards, held_out)
             yield Parts(trainer, engine, model, dataset)
-
-
-def _refuse(config: GRPOConfig) -> None:
-    """What a configuration may say and this trainer does not do yet."""
-    for wanted, path, instead in ((config.run.eval_every, "run.eval_every", "an on_step callback"),):
-        if wanted:
-            raise ConfigError(f"{path}={wanted!r}: the trainer does not do this yet; use {instead}")
-    if config.optim.lora is not None:
-        lora.require_peft()
 
 
 def model_folder(config: GRPOConfig) -> Path:
@@ -134,6 +135,26 @@ def _reference(model: Any, adapters: lora.Adapters | None) -> Any:
     if adapters is not None:
         return adapters.model.disable_adapter
     return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+def _evaluation(
+    config: GRPOConfig, engine: Engine, rewards: Rewards, rows: Sequence[Row]
+) -> Evaluation | None:
+    wanted = config.evaluation
+    if wanted is None:
+        return None
+    run = Evaluator(
+        engine,
+        rows,
+        wanted.budgets,
+        rewards=rewards,
+        n=wanted.n,
+        run_seed=config.run.seed,
+        sampling=wanted.sampling,
+        counted=wanted.rewards,
+        chat_template_kwargs=config.rollout.chat_template_kwargs,
+    )
+    return Evaluation(run=run, every=config.run.eval_every, at_start=wanted.at_start, at_end=wanted.at_end)
 
 
 def _options(config: GRPOConfig, dataset: data.Dataset, engine: Engine) -> TrainerOptions:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastic_decode.core import FinishReason, Prompt, ThinkEnd
+from elastic_decode.core import Completion, FinishReason, Prompt, ThinkEnd
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,37 @@ class Sample:
         if len(set(lengths.values())) > 1:
             said = ", ".join(f"{name} {length}" for name, length in lengths.items())
             raise ValueError(f"a sample's parallel tuples must be of one length, got {said}")
+
+    @classmethod
+    def of(
+        cls,
+        completion: Completion,
+        prompt_ids: Sequence[int],
+        think_budget: int | None,
+        solve_budget: int | None,
+        *,
+        train_on_forced: bool = False,
+    ) -> Sample:
+        """A completion that was decoded under these budgets, not scored yet."""
+        return cls(
+            prompt_ids=tuple(prompt_ids),
+            token_ids=tuple(completion.token_ids),
+            logprobs=tuple(completion.logprobs),
+            sampling_logprobs=tuple(completion.sampling_logprobs),
+            forced=tuple(completion.forced),
+            loss_mask=tuple(train_on_forced or not forced for forced in completion.forced),
+            text=completion.text,
+            thinking=completion.thinking,
+            solution=completion.solution,
+            think_tokens=completion.think_tokens,
+            solve_tokens=completion.solve_tokens,
+            think_end=completion.think_end,
+            finish_reason=completion.finish_reason,
+            think_budget=think_budget,
+            solve_budget=solve_budget,
+            seed=completion.seed,
+            weight_epoch=completion.weight_epoch,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

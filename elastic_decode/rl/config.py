@@ -15,7 +15,7 @@ from elastic_decode.config import EngineConfig
 from elastic_decode.errors import ConfigError
 from elastic_decode.rl import yaml_files
 from elastic_decode.rl.fields import build, flat, plain, positive, require
-from elastic_decode.rl.options import DataOptions, ModelOptions, RolloutOptions
+from elastic_decode.rl.options import DataOptions, EvaluationOptions, ModelOptions, RolloutOptions
 
 REWARD_FACTORIES = ("l1_exact", "l1_max", "long2short", "soft_overlong")  # of rl/length_rewards.py
 LOGS = ("tensorboard", "wandb", "trackio")
@@ -210,10 +210,15 @@ class GRPOConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     grading: GradingOptions = field(default_factory=GradingOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    evaluation: EvaluationOptions | None = None
 
     def __post_init__(self) -> None:
         require(len(self.rewards) > 0, "rewards", "one or more functions", self.rewards)
         require(any(r.weight for r in self.rewards), "rewards", "not all of weight 0", list(self.rewards))
+        if self.run.eval_every and self.evaluation is None:
+            raise ConfigError(
+                "run.eval_every needs to know what to evaluate: give data and budgets in evaluation"
+            )
         samples, updates = (
             self.rollout.prompts_per_step * self.rollout.group_size,
             self.optim.updates_per_step,
@@ -251,7 +256,8 @@ class GRPOConfig:
         )
         if self.optim.schedule == "constant":
             free.add("run.steps")  # else the learning rate depends on it
-        return {path: value for path, value in flat(self.to_dict()).items() if path not in free}
+        values = {name: value for name, value in self.to_dict().items() if name != "evaluation"}
+        return {path: value for path, value in flat(values).items() if path not in free}
 
     def fingerprint(self) -> str:
         """A hash of `resume_key`, the same in every process and version of Python."""

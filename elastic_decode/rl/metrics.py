@@ -2,7 +2,8 @@
 
 `metrics.jsonl` is always written, a whole line a step, each step once: what a kill has cut off, and what lies
 behind the checkpoint that a run resumes from, is taken out and said. TensorBoard, wandb and trackio on
-request.
+request. A record's step is the number of updates before it: that of a training step and that of the
+evaluation just before it (whose names begin with `eval/`) are of the same weights.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from elastic_decode.errors import CheckpointError, ConfigError
 
 FILE = "metrics.jsonl"
+EVALUATION = "eval/"  # what the names of an evaluation's metrics begin with
 # What is shown of a step, where it is there: key, label, format.
 SHOWN = (
     ("reward", "reward", ".3f"),
@@ -33,19 +35,24 @@ SHOWN = (
 
 
 class JsonLines:
-    """An append-only file of steps. `notes` says what was taken out when it was opened."""
+    """An append-only file of steps and evaluations.
 
-    def __init__(self, path: Path, *, first_step: int = 0) -> None:
-        """first_step: the next one to be written; lines of it and later ones go (they are trained again).
+    notes: what was taken out when it was opened. restored: evaluations of the next step that were kept.
+    """
+
+    def __init__(self, path: Path, *, first_step: int = 0, evaluated: int = -1) -> None:
+        """first_step: the next one to be written; lines of it and later ones go (they are trained again), and
+        evaluations after that of step `evaluated`.
 
         Raises CheckpointError where a line before the last is no record.
         """
         self.path = path
         self.notes: list[str] = []
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._last = first_step - 1
+        self.restored: list[tuple[int, dict[str, float]]] = []
+        self._last, self._last_evaluation = first_step - 1, evaluated
         old = path.read_bytes() if path.exists() else b""
-        kept = self._kept(old, first_step)
+        kept = self._kept(old, first_step, evaluated)
         if kept != old:
             beside = path.with_name(f".{path.name}.writing")
             with beside.open("wb") as file:
@@ -61,6 +68,20 @@ class JsonLines:
         """
         if step <= self._last:
             raise ValueError(f"step {step} is not after step {self._last}, which is in {self.path} already")
+        self._append(step, values)
+        self._last = step
+
+    def write_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """The same for what was found after `step` updates: names begin with `eval/`."""
+        last = self._last_evaluation
+        if step <= last:
+            raise ValueError(f"the evaluation of step {step} is not after that of {last}, in {self.path}")
+        if not values or not all(name.startswith(EVALUATION) for name in values):
+            raise ValueError(f"an evaluation's metrics begin with {EVALUATION}, got {', '.join(values)}")
+        self._append(step, values)
+        self._last_evaluation = step
+
+    def _append(self, step: int, values: Mapping[str, float]) -> None:
         record = {"step": step, **{name: _number(value) for name, value in values.items()}}
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
         size = os.fstat(self._descriptor).st_size
@@ -71,30 +92,39 @@ class JsonLines:
         except OSError:
             os.ftruncate(self._descriptor, size)
             raise
-        self._last = step
 
     def close(self) -> None:
         os.close(self._descriptor)
 
-    def _kept(self, old: bytes, first_step: int) -> bytes:
+    def _kept(self, old: bytes, first_step: int, evaluated: int) -> bytes:
         whole, _, cut = old.rpartition(b"\n")
         if cut:
             self.notes.append(f"{self.path}: the last line was cut off ({len(cut)} bytes) and is dropped")
         lines = whole.split(b"\n") if whole else []
         kept: list[bytes] = []
-        later: list[bytes] = []
+        trained = found = 0  # again
         for number, line in enumerate(lines, 1):
             try:
-                step = int(json.loads(line)["step"])
+                record = json.loads(line)
+                step = int(record.pop("step"))
             except (ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(
                     f"{self.path}:{number} is no record of a step; move the file away to go on without it"
                 ) from error
-            (kept if step < first_step else later).append(line)
-        if later:
-            self.notes.append(
-                f"{self.path}: {len(later)} steps from {first_step} on are dropped: they are trained again"
-            )
+            if any(name.startswith(EVALUATION) for name in record):
+                again = step > evaluated
+                found += again
+                if not again and step >= first_step:
+                    self.restored.append((step, {name: float(value) for name, value in record.items()}))
+            else:
+                again = step >= first_step
+                trained += again
+            if not again:
+                kept.append(line)
+        if trained or found:
+            said = [f"{trained} steps from {first_step} on"] * (trained > 0)
+            said += [f"{found} evaluations after step {evaluated}"] * (found > 0)
+            self.notes.append(f"{self.path}: {' and '.join(said)} are dropped: they are made again")
         return b"".join(line + b"\n" for line in kept)
 
 
@@ -107,8 +137,9 @@ class Metrics:
     """Close it, or use it in a `with`.
 
     folder: the run's. log: of "tensorboard", "wandb", "trackio". config: what a tracker should know of the
-    run. first_step: where a resumed run goes on. progress: show steps; a display on a terminal, else a line
-    a step. Raises ConfigError where a tracker is not installed.
+    run. first_step: where a resumed run goes on; evaluated: the last step that had been evaluated there.
+    progress: show steps; a display on a terminal, else a line a step. Raises ConfigError where a tracker is
+    not installed.
     """
 
     def __init__(
@@ -118,13 +149,16 @@ class Metrics:
         name: str,
         steps: int,
         first_step: int = 0,
+        evaluated: int = -1,
         log: Sequence[str] = (),
         config: Mapping[str, Any] | None = None,
         progress: bool = True,
         console: Console | None = None,
     ) -> None:
         self._trackers = [_TRACKERS[kind](folder, name, first_step, dict(config or {})) for kind in log]
-        self._lines = JsonLines(folder / FILE, first_step=first_step)
+        self._lines = JsonLines(folder / FILE, first_step=first_step, evaluated=evaluated)
+        for tracker in self._trackers:
+            tracker.restore(self._lines.restored)
         self._display = Display(steps, first_step, console or Console(stderr=True)) if progress else None
         for note in self._lines.notes:
             self.say(note)
@@ -141,6 +175,14 @@ class Metrics:
             tracker.log(step, values)
         if self._display is not None:
             self._display.show(step, values)
+
+    def evaluation(self, step: int, values: Mapping[str, float], said: str) -> None:
+        """What was found after `step` updates, everywhere; `said` is one line of it for the display."""
+        self._lines.write_evaluation(step, values)
+        for tracker in self._trackers:
+            tracker.log(step, values)
+        if self._display is not None:
+            self._display.evaluated(step, values.get(f"{EVALUATION}seconds", 0.0), said)
 
     def say(self, message: str) -> None:
         """A remark, without breaking the display."""
@@ -184,6 +226,11 @@ class Display:
         else:
             self.say(f"step {done}/{self._steps}  {said}")
 
+    def evaluated(self, step: int, seconds: float, said: str) -> None:
+        if step == self._first:  # says nothing of how long the steps take
+            self._started += seconds
+        self.say(said)
+
     def say(self, message: str) -> None:
         self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 
@@ -204,12 +251,16 @@ class _TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise _missing("tensorboard") from error
-        # Events of the steps that are trained again are hidden.
+        # Events of the steps that are trained again are hidden, and with them an evaluation just before.
         self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+
+    def restore(self, evaluations: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        for step, values in evaluations:
+            self.log(step, values)
 
     def close(self) -> None:
         self._writer.close()
@@ -232,6 +283,9 @@ class _Tracker:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._module.log(dict(values), step=step)
+
+    def restore(self, evaluations: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Nothing was hidden."""
 
     def close(self) -> None:
         self._module.finish()

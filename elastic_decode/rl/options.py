@@ -1,7 +1,8 @@
-"""Parts of a configuration: which model, which prompts, how they are decoded."""
+"""Parts of a configuration: which model, which prompts, how they are decoded, what is evaluated."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -94,3 +95,64 @@ class RolloutOptions:
             branches = len(plan["think_at"]) if plan["plan"] == "fork" else 1
             expected = f"a multiple of the {branches} budgets of a forked thought"
             require(self.group_size % branches == 0, "rollout.group_size", expected, self.group_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationBudget:
+    """Think and solve budgets, null = unlimited; or `truncate`, one budget for the whole output in which
+    nothing is forced. name: in metrics; from the budgets unless given.
+    """
+
+    think: int | None = None
+    solve: int | None = None
+    truncate: int | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("think", "solve", "truncate"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, name, "a number of tokens >= 0 or null", value)
+        alone = self.truncate is None or (self.think is None and self.solve is None)
+        require(alone, "truncate", "without think and solve: it is one budget", self.truncate)
+        good = self.name is None or re.fullmatch(r"[\w.-]+", self.name)
+        require(bool(good), "name", "letters, digits, . _ -, or null", self.name)
+
+    @property
+    def label(self) -> str:
+        """`t15_s3`, `tinf_s3`, `truncate18`."""
+        if self.name is not None:
+            return self.name
+        if self.truncate is not None:
+            return f"truncate{self.truncate}"
+        think, solve = ("inf" if value is None else value for value in (self.think, self.solve))
+        return f"t{think}_s{solve}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """What rl/evaluation.py does every run.eval_every steps, and before the first (at_start) and after the
+    last (at_end).
+
+    data: as for training, though never shuffled by run.seed. limit: only so many of its rows, the same
+    random ones in every run (the first ones where data.shuffle is false). n: samples a prompt. sampling: its
+    seed must be null. rewards: names of reward functions whose sum is the accuracy; none = the reward that is
+    trained on. Prompts and chat template are as in the rollout.
+    """
+
+    data: DataOptions
+    budgets: tuple[EvaluationBudget, ...]
+    n: int = 1
+    limit: int | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    rewards: tuple[str, ...] = ()
+    at_start: bool = True
+    at_end: bool = True
+
+    def __post_init__(self) -> None:
+        positive("evaluation", self, "n")
+        require(self.limit is None or self.limit >= 1, "evaluation.limit", ">= 1 or null", self.limit)
+        require(len(self.budgets) > 0, "evaluation.budgets", "one or more", self.budgets)
+        seed = self.sampling.seed
+        require(seed is None, "evaluation.sampling.seed", "null (seeds derive from run.seed)", seed)
+        labels = [budget.label for budget in self.budgets]
+        require(len(set(labels)) == len(labels), "evaluation.budgets", "of different names", labels)

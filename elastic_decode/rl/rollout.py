@@ -266,7 +266,7 @@ def _groups(
             with closing(generations):
                 for task, completions in _complete(run, generations):
                     samples = _samples(task, completions, train_on_forced)
-                    prompt = _shown(engine, task.row.prompt)
+                    prompt = shown(engine, task.row.prompt)
                     columns = task.row.columns
                     began = time.perf_counter()
                     pending = rewards.submit(prompt, samples, columns, step=step, index=task.row.index)
@@ -319,30 +319,12 @@ def _complete(run: _Run, generations: Iterator[Generation]) -> Iterator[tuple[_T
 
 def _samples(task: _Task, completions: list[_Done], train_on_forced: bool) -> list[Sample]:
     return [
-        Sample(
-            prompt_ids=tuple(prompt_ids),
-            token_ids=tuple(completion.token_ids),
-            logprobs=tuple(completion.logprobs),
-            sampling_logprobs=tuple(completion.sampling_logprobs),
-            forced=tuple(completion.forced),
-            loss_mask=tuple(train_on_forced or not forced for forced in completion.forced),
-            text=completion.text,
-            thinking=completion.thinking,
-            solution=completion.solution,
-            think_tokens=completion.think_tokens,
-            solve_tokens=completion.solve_tokens,
-            think_end=completion.think_end,
-            finish_reason=completion.finish_reason,
-            think_budget=think,
-            solve_budget=task.budget.solve,
-            seed=completion.seed,
-            weight_epoch=completion.weight_epoch,
-        )
+        Sample.of(completion, prompt_ids, think, task.budget.solve, train_on_forced=train_on_forced)
         for prompt_ids, completion, think in completions
     ]
 
 
-def _shown(engine: Engine, prompt: Prompt) -> Prompt:
+def shown(engine: Engine, prompt: Prompt) -> Prompt:
     """The prompt as reward functions get it: token ids as text."""
     if isinstance(prompt, str) or isinstance(prompt[0], Mapping):
         return prompt

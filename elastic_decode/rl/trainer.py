@@ -29,6 +29,7 @@ from elastic_decode.rl import checkpoint, seeds
 from elastic_decode.rl.advantage import Advantages, advantages
 from elastic_decode.rl.batch import Group, Row
 from elastic_decode.rl.budgets import BudgetPlan
+from elastic_decode.rl.evaluation import Evaluation, EvaluationResult
 from elastic_decode.rl.lora import Adapters
 from elastic_decode.rl.optim import MasterAdamW, Schedule, learning_rate
 from elastic_decode.rl.refill import DynamicSampling, Gather, NextRows, one_batch
@@ -37,6 +38,7 @@ from elastic_decode.rl.rollout import RolloutStats, rollout
 from elastic_decode.rl.update import Trained, UpdateOptions, update
 
 OnStep = Callable[[int, dict[str, float], Sequence[Group]], None]
+OnEvaluation = Callable[[int, EvaluationResult], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +80,8 @@ class GRPOTrainer:
 
     next_rows: the dataset as a function of a position. reference: see `update`. adapters: those of `model`
     where it has any; the engine is fed their `names`. folder: where checkpoints go. on_step: called after
-    every step with its metrics and groups, to log or to evaluate.
+    every step with the number of steps so far, its metrics and its groups. evaluation: what to evaluate and
+    when; on_evaluation: called after each with the number of steps so far.
     """
 
     def __init__(
@@ -95,6 +98,8 @@ class GRPOTrainer:
         adapters: Adapters | None = None,
         folder: Path | None = None,
         on_step: Sequence[OnStep] = (),
+        evaluation: Evaluation | None = None,
+        on_evaluation: Sequence[OnEvaluation] = (),
     ) -> None:
         if options.save_every is not None and folder is None:
             raise ConfigError("TrainerOptions.save_every needs a folder to save in")
@@ -104,6 +109,7 @@ class GRPOTrainer:
         self.options = options
         self.step = 0
         self.position = 0
+        self.evaluated = -1  # the last step that was evaluated
         self._next_rows = next_rows
         self._rewards = rewards
         self._budgets = budgets
@@ -111,6 +117,8 @@ class GRPOTrainer:
         self._adapters = adapters
         self._folder = None if folder is None else folder / "checkpoints"
         self._on_step = on_step
+        self.evaluation = evaluation  # one that asks the engine can only be made when it has its weights
+        self._on_evaluation = on_evaluation
         self._stats = RolloutStats()
         self._gather: Gather = one_batch
         if options.sampling_rounds is not None:
@@ -120,11 +128,16 @@ class GRPOTrainer:
             self._sync()
 
     def train(self) -> None:
-        """Go on to `options.steps`, saving as asked."""
+        """Go on to `options.steps`, evaluating and saving as asked.
+
+        A checkpoint is written after its step's evaluation: what is resumed has been evaluated, or is now.
+        """
+        self._evaluate_if_due()
         while self.step < self.options.steps:
             metrics, groups = self.train_step()
             for call in self._on_step:
                 call(self.step, metrics, groups)
+            self._evaluate_if_due()
             every = self.options.save_every
             if every is not None and (self.step % every == 0 or self.step == self.options.steps):
                 self.save()
@@ -176,6 +189,16 @@ class GRPOTrainer:
         metrics["rollout_tokens_per_second"] = tokens / max(rolled - started, 1e-9)
         return metrics, groups
 
+    def _evaluate_if_due(self) -> None:
+        evaluation = self.evaluation
+        if evaluation is None or self.evaluated == self.step:
+            return
+        if evaluation.due(self.step, self.options.steps):
+            result = evaluation.run(self.step)
+            self.evaluated = self.step
+            for call in self._on_evaluation:
+                call(self.step, result)
+
     def save(self) -> Path:
         """A checkpoint of now."""
         if self._folder is None:
@@ -188,6 +211,7 @@ class GRPOTrainer:
             state={
                 "step": self.step,
                 "position": self.position,
+                "evaluated": self.evaluated,
                 "run_seed": self.options.run_seed,
                 "identity": self.options.identity,
                 "optimizer": self.optimizer.state_dict(),
@@ -221,7 +245,7 @@ class GRPOTrainer:
             checkpoint.load_weights(path, self.model)
         self.optimizer.load_state_dict(state["optimizer"])
         self._sync()
-        self.step, self.position = state["step"], state["position"]
+        self.step, self.position, self.evaluated = state["step"], state["position"], state["evaluated"]
         return True
 
     def _sync(self) -> None:

@@ -21,6 +21,7 @@ def test_the_plan(capsys):
         "10 = 0.08 epochs",
         "hold the same storage",
         "AdamW's moments",
+        "every 100 steps, before the first, after the last: 100 rows of countdown, split test, x 1 under t0",
     ):
         assert part in said
 
@@ -46,6 +47,7 @@ def test_mistakes(capsys, override, message):
 
 def train(folder, *arguments):
     small = ["rollout.prompts_per_step=2", "rollout.group_size=2", "grading.workers=0", "run.save_every=2"]
+    small += ["run.eval_every=0", "evaluation=null"]
     return main(["train", "--config", TOY, f"run.folder={folder}", *small, *arguments])
 
 

@@ -54,6 +54,29 @@ def test_steps_behind_the_checkpoint_are_dropped_and_said(tmp_path):
     assert path.read_bytes() == whole
 
 
+def test_evaluations_after_the_one_of_the_checkpoint_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = JsonLines(path)
+    for step in range(4):
+        lines.write_evaluation(step, {"eval/a": step / 2})
+        lines.write(step, {"reward": step})
+    with pytest.raises(ValueError, match="the evaluation of step 3 is not after that of 3"):
+        lines.write_evaluation(3, {"eval/a": 0})
+    with pytest.raises(ValueError, match="begin with eval/"):
+        lines.write_evaluation(4, {"a": 0})
+    lines.close()
+    for evaluated, kept in ((2, [0, 1, 2]), (1, [0, 1])):
+        copy = tmp_path / f"{evaluated}.jsonl"
+        copy.write_bytes(path.read_bytes())
+        lines = JsonLines(copy, first_step=2, evaluated=evaluated)
+        lines.close()
+        assert [r["step"] for r in records(copy) if "eval/a" in r] == kept
+        assert [r["step"] for r in records(copy) if "reward" in r] == [0, 1]
+        assert lines.restored == [(2, {"eval/a": 1.0})] * (evaluated == 2)
+        (note,) = lines.notes
+        assert f"2 steps from 2 on and {3 - evaluated} evaluations after step {evaluated} are dropped" in note
+
+
 def test_what_is_no_record_is_not_thrown_away(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\nnonsense\n{"step": 2}\n')
@@ -101,9 +124,10 @@ def test_lines_where_there_is_no_terminal(tmp_path):
             {"reward": 0.25, "think_forced": 0.5, "kl": 0.001, "rollout_tokens_per_second": 12345.6, "x": 1},
         )
         run.say("a [remark]")
-    first, second = screen.getvalue().splitlines()
+        run.evaluation(1, {"eval/a": 0.5}, "evaluation after 1 step")
+    first, second, third = screen.getvalue().splitlines()
     assert first.startswith("step 1/10  reward 0.250  forced 50%  tokens/s 12,346  KL 0.0010  ETA ")
-    assert second == "a [remark]"
+    assert (second, third) == ("a [remark]", "evaluation after 1 step")
     assert records(tmp_path / "metrics.jsonl")[0]["x"] == 1
 
 
@@ -161,6 +185,14 @@ def test_tensorboard_hides_what_is_trained_again(tmp_path, monkeypatch):
 
     module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    with metrics(tmp_path, None, progress=False, log=["tensorboard"], first_step=4) as run:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4, "eval/a": 0.25}\n')
+    with metrics(tmp_path, None, progress=False, log=["tensorboard"], first_step=4, evaluated=4) as run:
         run.step(4, {"reward": 0.5})
-    assert calls == [(str(tmp_path / "tensorboard"), 4), ("reward", 0.5, 4), "close"]
+        run.evaluation(5, {"eval/a": 0.75}, "said")
+    assert calls == [
+        (str(tmp_path / "tensorboard"), 4),
+        ("eval/a", 0.25, 4),
+        ("reward", 0.5, 4),
+        ("eval/a", 0.75, 5),
+        "close",
+    ]
