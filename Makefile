@@ -21,12 +21,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --no-input
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint format compile-check bench reproduce reproduce-all bundled-model clean gpu-build gpu-check gpu-bench gpu-sanitize
+.PHONY: help demo test chaos lint format compile-check bench reproduce reproduce-all bundled-model clean gpu-build gpu-check gpu-bench gpu-sanitize
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo           decode with the bundled model under several budgets"
 	@echo "make test           all tests (ARGS=... goes to pytest)"
+	@echo "make chaos          kill -9 in every stage of a training run, and go on (minutes)"
 	@echo "make lint           ruff, clang-format, mypy; changes nothing"
 	@echo "make format         ruff format and fixes, clang-format"
 	@echo "make compile-check  GPU kernels, compiled without a GPU"
@@ -48,6 +49,9 @@ test: $(VENV)/.built $(VENV)/.test
 	$(BIN)/pytest -m "not interpret" $(ARGS) || status=$$?; \
 	TRITON_INTERPRET=1 $(BIN)/pytest -m interpret $(ARGS) || status=$$?; \
 	exit $$status
+
+chaos: $(VENV)/.built $(VENV)/.test
+	$(BIN)/python tests/chaos/run.py $(ARGS)
 
 lint: $(VENV)/.built $(VENV)/.test $(VENV)/.dev
 	$(BIN)/ruff check .

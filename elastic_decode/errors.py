@@ -61,5 +61,14 @@ class RewardError(ElasticDecodeError, RuntimeError):
     """A reward function raised, or returned what is no reward."""
 
 
+class StorageError(ElasticDecodeError, OSError):
+    """A checkpoint or a file of a run that could not be written: a full disk, a quota, a lost mount. `errno`
+    is the system's.
+    """
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
 class EngineClosed(ElasticDecodeError, RuntimeError):
     """The engine was used after `close()`."""

@@ -34,17 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (ElasticDecodeError, FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        if arguments.traceback:
-            raise
-        print(f"elastic-decode: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("elastic-decode: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Whoever read our output has gone; keep Python from failing again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ElasticDecodeError, OSError) as error:  # files that are missing, not allowed, no folder, …
+        if arguments.traceback:
+            raise
+        print(f"elastic-decode: {error}", file=sys.stderr)
         return 1
 
 

@@ -49,7 +49,7 @@ def add_parser(commands: Any) -> None:
         default="auto",
         metavar="auto|never|PATH",
         help="auto: from the newest whole checkpoint, if there is one; never: refuse a folder that holds "
-        "a run already; PATH: from that checkpoint (default: auto)",
+        "a run already; PATH: from that checkpoint, with the run's later ones set aside (default: auto)",
     )
     parser.add_argument(
         "--export",
@@ -143,6 +143,7 @@ def _plan(config: GRPOConfig) -> int:
 
 
 def _train(config: GRPOConfig, resume: str) -> int:
+    from elastic_decode.rl import whole_files
     from elastic_decode.rl.assemble import assemble
     from elastic_decode.rl.metrics import Metrics
 
@@ -160,7 +161,7 @@ def _train(config: GRPOConfig, resume: str) -> int:
         if resume != "never":
             trainer.resume(None if resume == "auto" else Path(resume))
         run.path.mkdir(parents=True, exist_ok=True)
-        (run.path / _CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+        whole_files.write(run.path / _CONFIG, config.to_yaml().encode())
         with Metrics(
             run.path,
             name=run.name,

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from elastic_decode.errors import CheckpointError, ConfigError
+from elastic_decode.rl import whole_files
 
 FILE = "metrics.jsonl"
 EVALUATION = "eval/"  # what the names of an evaluation's metrics begin with
@@ -54,16 +55,14 @@ class JsonLines:
         old = path.read_bytes() if path.exists() else b""
         kept = self._kept(old, first_step, evaluated)
         if kept != old:
-            beside = path.with_name(f".{path.name}.writing")
-            with beside.open("wb") as file:
-                file.write(kept)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            whole_files.write(path, kept)
+        try:
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise whole_files.refused(path, error) from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Raises ValueError for a step that is there already, and OSError, with no part of the line left
+        """Raises ValueError for a step that is there already, and StorageError, with no part of the line left
         behind, where it cannot be written. A number that is not finite becomes a string: JSON has none.
         """
         if step <= self._last:
@@ -89,9 +88,9 @@ class JsonLines:
             written = 0
             while written < len(line):
                 written += os.write(self._descriptor, line[written:])
-        except OSError:
+        except OSError as error:
             os.ftruncate(self._descriptor, size)
-            raise
+            raise whole_files.refused(self.path, error) from error
 
     def close(self) -> None:
         os.close(self._descriptor)

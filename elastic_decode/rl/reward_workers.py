@@ -10,11 +10,14 @@ pool was made stays shared, page by page, until the parent changes it: make the 
 are trained, or count their size once more.
 
 A worker leads a process group, which is killed with it: a function's own subprocesses go, too. When the
-parent dies, however it dies, the nursery notices and ends them all.
+parent dies, however it dies, the nursery notices and ends them all; on Linux they go with the nursery, too.
+
+Work whose process was killed from outside (as Linux does where memory runs out) is done once more.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import queue
@@ -35,6 +38,7 @@ from elastic_decode.errors import ConfigError, RewardError
 
 Work = Callable[[bytes], Any]  # in the worker: a payload into a picklable result; should not raise
 _MESSAGE = struct.Struct("=cq")
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process gets when its parent dies
 _SPAWN, _KILL, _QUIT = b"S", b"K", b"Q"
 
 
@@ -43,7 +47,7 @@ class WorkerTimeout(Exception):
 
 
 class WorkerDied(Exception):
-    """The process ended before its work did."""
+    """The process ended before its work did, or was killed from outside twice."""
 
 
 class WorkerPool:
@@ -94,7 +98,7 @@ class _Worker:
         self._pid = 0
         self._pipe: Connection | None = None
 
-    def do(self, payload: bytes, timeout: float) -> Any:
+    def do(self, payload: bytes, timeout: float, *, once_more: bool = True) -> Any:
         try:
             pipe = self._connected()
             pipe.send_bytes(payload)
@@ -109,7 +113,9 @@ class _Worker:
                 raise WorkerTimeout(f"no answer within {timeout:g} s")
             return pipe.recv()
         except (EOFError, ConnectionResetError):
-            self._kill()
+            status = self._kill()
+            if once_more and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+                return self.do(payload, timeout, once_more=False)
             raise WorkerDied("its process ended: it crashed, was killed, or called os._exit") from None
 
     def hang_up(self) -> None:
@@ -130,9 +136,9 @@ class _Worker:
             self._pipe = Connection(ours.detach())
         return self._pipe
 
-    def _kill(self) -> None:
+    def _kill(self) -> int:
         self.hang_up()
-        self._nursery.kill(self._pid)
+        return self._nursery.kill(self._pid)
 
 
 class _Nursery:
@@ -160,9 +166,11 @@ class _Nursery:
         """A new worker at the other end of a socket; its process id."""
         return self._ask(_SPAWN, 0, pipe)
 
-    def kill(self, pid: int) -> None:
-        """End a worker and its process group; returns when it is gone."""
-        self._ask(_KILL, pid)
+    def kill(self, pid: int) -> int:
+        """End a worker and its process group; returns when it is gone, with its exit status as wait(2) says
+        it: what ended it, if that was not this.
+        """
+        return self._ask(_KILL, pid)
 
     def close(self) -> None:
         with self._lock:
@@ -215,8 +223,8 @@ def _be_nursery(control: socket.socket, work: Work) -> NoReturn:
                 children.add(number)
                 os.close(pipes[0])
             elif kind == _KILL:
-                _kill_group(number)
                 children.discard(number)
+                number = _kill_group(number)
             else:
                 break
             control.sendall(_MESSAGE.pack(kind, number))
@@ -243,19 +251,22 @@ def _detach() -> None:
         sys.modules["torch"].set_num_threads(1)
 
 
-def _kill_group(pid: int) -> None:
+def _kill_group(pid: int) -> int:
     try:
         os.killpg(pid, signal.SIGKILL)
     except ProcessLookupError:  # it has not come to setsid yet
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     with suppress(ChildProcessError):
-        os.waitpid(pid, 0)
+        return os.waitpid(pid, 0)[1]
+    return 0
 
 
 def _be_worker(handle: int, work: Work) -> NoReturn:
     try:
         os.setsid()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         pipe = Connection(handle)
         while True:
             result = work(pipe.recv_bytes())

@@ -20,7 +20,8 @@ What can go wrong, and what comes of it:
 - it returns the wrong number of rewards, or something that is no number: a bug; RewardError, always;
 - it raises, or returns NaN or an infinity: RewardError, or with `on_error="none"` None for that call (for
   those samples);
-- it takes too long, its process dies, or it raises ConnectionError or TimeoutError: None for that call.
+- it takes too long, its process dies, or it raises ConnectionError or TimeoutError: None for that call (a
+  process that is killed from outside is replaced and the call made once more, before it counts as dead).
 
 Every such None is counted (`failures`) and logged, and makes the sample's whole reward None: a sample that
 some function could not be asked about is unscorable, never worth 0.

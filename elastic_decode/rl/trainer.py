@@ -12,6 +12,7 @@ Left out here: reading a configuration (a trainer is given its parts), and more 
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +38,7 @@ from elastic_decode.rl.rewards import Rewards
 from elastic_decode.rl.rollout import RolloutStats, rollout
 from elastic_decode.rl.update import Trained, UpdateOptions, update
 
+_log = logging.getLogger(__name__)
 OnStep = Callable[[int, dict[str, float], Sequence[Group]], None]
 OnEvaluation = Callable[[int, EvaluationResult], None]
 
@@ -222,7 +224,8 @@ class GRPOTrainer:
     def resume(self, path: Path | None = None) -> bool:
         """Take a run up where `path`, or the newest whole checkpoint, left it; False where there is none.
 
-        Raises CheckpointError where it is another run's, with nothing changed.
+        Checkpoints of later steps are set aside: these are trained again. Raises CheckpointError where it is
+        another run's, with nothing changed.
         """
         if path is None and self._folder is not None:
             path = checkpoint.latest(self._folder)
@@ -246,6 +249,11 @@ class GRPOTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self._sync()
         self.step, self.position, self.evaluated = state["step"], state["position"], state["evaluated"]
+        if self._folder is not None:
+            if aside := checkpoint.set_aside(self._folder, self.step):
+                names = ", ".join(path.name for path in aside)
+                _log.warning("%s: set aside, to go on from step %d: %s", self._folder, self.step, names)
+            checkpoint.prune(self._folder, self.step, self.options.keep)
         return True
 
     def _sync(self) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elastic_decode.assets import tiny_model_path
-from elastic_decode.errors import CheckpointError, ConfigError
+from elastic_decode.errors import CheckpointError, ConfigError, StorageError
 from elastic_decode.rl import checkpoint
 
 
@@ -67,20 +65,119 @@ def test_what_is_not_whole_is_passed_over(tmp_path, parts):
             checkpoint.load_state(path)
 
 
-def test_a_full_disk_leaves_the_last_one(tmp_path, parts, monkeypatch):
+def contents(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@contextmanager
+def file_size_limit(size: int):
+    """No file of this process can grow past `size` bytes: the system says so, to C++ and Rust, too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_takes_no_more_leaves_the_last_one(tmp_path, parts):
     first = save(tmp_path, 1, parts)
-
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        save(tmp_path, 2, parts)
-    monkeypatch.undo()
+    before = contents(tmp_path)
+    state = {"moments": torch.zeros(900_000)}
+    # Less than config.json, than the weights, than the state; Python, Rust and C++ write them.
+    for size in (100, 20_000, 3_000_000):
+        with file_size_limit(size), pytest.raises(StorageError) as raised:
+            save(tmp_path, 2, parts, **state)
+        assert raised.value.errno == errno.EFBIG
+        for said in (f"{tmp_path}/step-000002 could not be written", "File too large", "MiB", "make room"):
+            assert said in str(raised.value)
+        assert contents(tmp_path) == before
+        assert checkpoint.latest(tmp_path) == first
     assert checkpoint.latest(tmp_path) == first
-    second = save(tmp_path, 2, parts)
+    assert checkpoint.latest(tmp_path.parent / "none") is None
+    second = save(tmp_path, 2, parts, **state)
     assert checkpoint.latest(tmp_path) == second
-    assert not list(tmp_path.glob(".writing-*"))
+
+
+CALLS = ("mkdir", "open", "fsync", "rename", "rmdir", "unlink")
+
+
+def test_a_disk_that_is_full_at_any_call(tmp_path, parts, monkeypatch):
+    """Each call on a file in turn is refused once: what was whole stays whole, and the next save works."""
+    save(tmp_path, 1, parts)
+    last = save(tmp_path, 2, parts, mine=True)
+    for at in range(100):
+        calls = 0
+
+        def refusing(function, at=at):
+            def call(*args, **kwargs):
+                nonlocal calls
+                writes = function is not os.open or args[1] & (os.O_WRONLY | os.O_RDWR)
+                calls += writes
+                if writes and calls == at + 1:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return function(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in CALLS:
+                patch.setattr(os, name, refusing(getattr(os, name)))
+            with suppress(StorageError):
+                save(tmp_path, 3, parts, at=at)
+        if calls <= at:
+            break
+        newest = checkpoint.latest(tmp_path)
+        assert newest in (last, tmp_path / "step-000003")
+        assert checkpoint.load_state(newest) == ({"mine": True} if newest == last else {"at": at})
+        assert checkpoint.load_state(last) == {"mine": True}
+        shutil.rmtree(tmp_path / "step-000003", ignore_errors=True)
+    assert at > 15
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003"]
+
+
+def test_what_is_damaged_is_no_reason_to_remove_or_to_start_anew(tmp_path, parts, caplog, monkeypatch):
+    first = save(tmp_path, 1, parts)
+    damaged = save(tmp_path, 9, parts)
+    (damaged / "trainer.pt").unlink()
+    assert checkpoint.latest(tmp_path) == first
+    assert "step-000009 is not whole and is passed over for step-000001" in caplog.text
+    second = save(tmp_path, 2, parts, keep=1)
+    assert checkpoint.latest(tmp_path) == second, "a newer one that is not whole takes nobody's place"
+    garbage = second / "trainer.pt"
+    garbage.write_bytes(b"x" * garbage.stat().st_size)
+    with pytest.raises(CheckpointError, match=r"trainer.pt cannot be read"):
+        checkpoint.load_state(second)
+    weights = second / "model.safetensors"
+    weights.write_bytes(b"x" * weights.stat().st_size)
+    with pytest.raises(CheckpointError, match="holds no weights that can be loaded"):
+        checkpoint.load_weights(second, parts[0])
+    garbage.unlink()
+    with pytest.raises(CheckpointError, match="step-000002, step-000009, and none is whole"):
+        checkpoint.latest(tmp_path)
+
+    def refuse(*args):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", refuse)
+        with pytest.raises(CheckpointError, match="step-000009 cannot be read: Permission denied"):
+            checkpoint.latest(tmp_path)
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
+        checkpoint.latest(tmp_path)
+
+
+def test_later_ones_are_set_aside(tmp_path, parts):
+    for step in (1, 2, 3):
+        save(tmp_path, step, parts, keep=9)
+    assert checkpoint.set_aside(tmp_path, 3) == []
+    moved = checkpoint.set_aside(tmp_path, 1)
+    assert [path.name for path in moved] == ["superseded-step-000003", "superseded-step-000002"]
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-000001"
+    save(tmp_path, 2, parts, mine=True)
+    checkpoint.set_aside(tmp_path, 1)
+    assert checkpoint.load_state(moved[1]) == {"mine": True}
 
 
 def test_a_step_saved_again_replaces_the_first(tmp_path, parts):
@@ -98,44 +195,3 @@ def test_bad_input(tmp_path, parts):
         save(tmp_path, 1, parts, keep=0)
     with pytest.raises(CheckpointError, match="not the name of a checkpoint"):
         checkpoint.step_of(tmp_path / "best")
-
-
-WRITER = """
-import sys, torch
-from pathlib import Path
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from elastic_decode.assets import tiny_model_path
-from elastic_decode.rl import checkpoint
-model = AutoModelForCausalLM.from_pretrained(tiny_model_path(), dtype=torch.float32)
-tokenizer = AutoTokenizer.from_pretrained(tiny_model_path())
-print("ready", flush=True)
-for step in range(1, 10**6):
-    state = {"step": step, "noise": torch.randn(100_000)}
-    checkpoint.save(Path(sys.argv[1]), step, model=model, tokenizer=tokenizer, state=state, keep=2)
-"""
-
-
-def test_killed_at_any_moment(tmp_path):
-    """kill -9 in the middle of writing, several times: what is newest is whole, and it only moves on."""
-    last = 0
-    for attempt in range(2):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-        )
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == "ready\n"
-        if attempt == 0:
-            while checkpoint.latest(tmp_path) is None:
-                time.sleep(0.01)
-        time.sleep(0.05 + 0.07 * attempt)
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-        found = checkpoint.latest(tmp_path)
-        assert found is not None
-        state = checkpoint.load_state(found)
-        assert state["step"] == checkpoint.step_of(found)
-        assert state["noise"].shape == (100_000,)
-        AutoModelForCausalLM.from_pretrained(found)
-        last = max(last, state["step"])
-    assert last >= 1
-    shutil.rmtree(tmp_path)

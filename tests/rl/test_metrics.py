@@ -10,7 +10,7 @@ import types
 import pytest
 from rich.console import Console
 
-from elastic_decode.errors import CheckpointError, ConfigError
+from elastic_decode.errors import CheckpointError, ConfigError, StorageError
 from elastic_decode.rl.metrics import JsonLines, Metrics
 
 
@@ -97,7 +97,7 @@ def test_no_part_of_a_line_stays_where_the_disk_is_full(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(StorageError, match=r"metrics.jsonl could not be written: No space left .* MiB"):
             lines.write(1, {"a": 1})
     lines.write(1, {"reward": 2.0})
     lines.close()

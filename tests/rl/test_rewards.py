@@ -203,6 +203,45 @@ def test_a_crash_gives_none_and_a_new_worker():
         assert [s.reward for s in score(rewards)] == [1.0] * 3
 
 
+@pytest.mark.parametrize(("ending", "calls"), [("killed", 2), ("exit", 1), ("terminated", 1)])
+def test_what_was_killed_from_outside_is_done_once_more(tmp_path, ending, calls):
+    def ends(completions, **_):
+        (tmp_path / str(os.getpid())).touch()
+        if len(list(tmp_path.iterdir())) > 1:
+            return [1.0] * len(completions)
+        if ending == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif ending == "terminated":
+            os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+
+    with Rewards(ends, workers=1) as rewards:
+        expected = None if calls == 1 else 1.0
+        assert [s.reward for s in score(rewards)] == [expected] * 3
+        assert rewards.failures == ({} if calls == 2 else {("ends", "died"): 1})
+    assert len(list(tmp_path.iterdir())) == calls
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers do not go with their nursery")
+def test_the_end_of_the_nursery_is_said_and_ends_its_workers(tmp_path):
+    note = tmp_path / "pids"
+
+    def hangs(**_):
+        note.write_text(f"{os.getpid()} {os.getppid()}")
+        time.sleep(60)
+
+    with Rewards(hangs, workers=1) as rewards:
+        pending = rewards.submit("p", GROUP, {}, step=0, index=0)
+        while not note.exists() or not note.read_text().count(" "):
+            time.sleep(0.01)
+        worker, nursery = map(int, note.read_text().split())
+        os.kill(nursery, signal.SIGKILL)
+        with pytest.raises(RewardError, match="reward workers come from is gone"):
+            pending.result()
+        while alive(worker):
+            time.sleep(0.01)
+
+
 def test_a_worker_killed_while_idle_is_replaced_and_nothing_is_lost():
     with Rewards(lambda completions, **_: [os.getpid()], workers=1) as rewards:
         (first,) = score(rewards, [sample()])
