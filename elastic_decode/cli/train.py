@@ -151,15 +151,20 @@ def _train(config: GRPOConfig, resume: str) -> int:
     written: list[Metrics] = []  # made once it is known at which step the run goes on
 
     def on_step(step: int, values: dict[str, float], groups: Any) -> None:
-        written[0].step(step - 1, values)
+        for metrics in written:
+            metrics.step(step - 1, values)
 
     def on_evaluation(step: int, result: EvaluationResult) -> None:
-        written[0].evaluation(step, result.metrics(), str(result))
+        for metrics in written:
+            metrics.evaluation(step, result.metrics(), str(result))
 
     with assemble(config, on_step=[on_step], on_evaluation=[on_evaluation]) as parts:
         trainer, run = parts.trainer, config.run
         if resume != "never":
             trainer.resume(None if resume == "auto" else Path(resume))
+        if not trainer.world.main:  # of several processes one writes and shows
+            trainer.train()
+            return 0
         run.path.mkdir(parents=True, exist_ok=True)
         whole_files.write(run.path / _CONFIG, config.to_yaml().encode())
         with Metrics(

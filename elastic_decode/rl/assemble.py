@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ from elastic_decode.rl.batch import Row
 from elastic_decode.rl.budget_options import longest
 from elastic_decode.rl.budgets import plan_of
 from elastic_decode.rl.config import GRPOConfig, ObjectiveOptions
+from elastic_decode.rl.distributed import World, joined, own_device, started
 from elastic_decode.rl.engine_forward import EngineForward
 from elastic_decode.rl.evaluation import Evaluation, Evaluator, rows_of
 from elastic_decode.rl.logprobs import token_logprobs
 from elastic_decode.rl.loss import objective
 from elastic_decode.rl.optim import MasterAdamW
+from elastic_decode.rl.parallel import parallel
 from elastic_decode.rl.rewards import Rewards
 from elastic_decode.rl.trainer import GRPOTrainer, OnEvaluation, OnStep, TrainerOptions
 from elastic_decode.rl.update import UpdateOptions
@@ -49,59 +51,89 @@ def assemble(
     Raises ConfigError for what the configuration asks and this trainer does not do, and whatever loading
     model, data and rewards raises.
     """
-    if config.optim.lora is not None:
-        lora.require_peft()
+    _refuse(config)
     folder = model_folder(config)
     dataset = data.load(config.data, seed=config.run.seed)
     held_out = rows_of(config.evaluation) if config.evaluation is not None else []
     functions = reward_names.resolve(config.rewards)
     grading = config.grading
-    # Before the model: workers are forked, and should not hold what they never use.
-    with Rewards(
-        functions,
-        weights=[reward.weight for reward in config.rewards],
-        workers=grading.workers,
-        timeout=grading.timeout,
-        on_error=grading.on_error,
-    ) as rewards:
+    device = own_device(config.engine.device)
+    with ExitStack() as stack:
+        # Before the model and the process group: workers are forked, and should not hold what they never use.
+        rewards = stack.enter_context(
+            Rewards(
+                functions,
+                weights=[reward.weight for reward in config.rewards],
+                workers=grading.workers,
+                timeout=grading.timeout,
+                on_error=grading.on_error,
+            )
+        )
         rewards.check_columns(dataset.columns)
         if held_out:
             rewards.check_columns(held_out[0].columns)
-        tokenizer = hub.tokenizer(folder)
-        model = module = load_model(folder, config)
-        adapters = _adapters(model, config)
+        world = stack.enter_context(joined(device, timeout=config.distributed.timeout))
+        with world.together("the start"):
+            tokenizer = hub.tokenizer(folder)
+            model = module = load_model(folder, config, device=device, world=world)
+            adapters = _adapters(model, config)
+            reference = _reference(model, adapters) if config.objective.kl else None
         if adapters is not None:
             model = adapters.model
-        with Engine.from_model(
-            module,
-            tokenizer,
-            config.engine,
-            think_open=config.model.think_open,
-            think_close=config.model.think_close,
-            fed=() if adapters is None else adapters.names,
-        ) as engine:
-            trainer = GRPOTrainer(
-                engine=engine,
-                model=model,
-                next_rows=dataset.batch,
-                rewards=rewards,
-                budgets=plan_of(config.rollout.budgets),
-                optimizer=MasterAdamW(
-                    model.parameters(),
-                    lr=config.optim.lr,
-                    betas=(config.optim.betas[0], config.optim.betas[1]),
-                    eps=config.optim.eps,
-                    weight_decay=config.optim.weight_decay,
-                ),
-                options=_options(config, dataset, engine),
-                reference=_reference(model, adapters) if config.objective.kl else None,
-                adapters=adapters,
-                folder=config.run.path,
-                on_step=on_step,
-                on_evaluation=on_evaluation,
+        ranks = parallel(model, world, config.distributed.sharding)
+        if isinstance(reference, torch.nn.Module):
+            reference = ranks.frozen(reference)
+        engine = stack.enter_context(
+            Engine.from_model(
+                module,
+                tokenizer,
+                replace(config.engine, device=device),
+                think_open=config.model.think_open,
+                think_close=config.model.think_close,
+                fed=ranks.names if adapters is None else adapters.names,
             )
-            trainer.evaluation = _evaluation(config, engine, rewards, held_out)
-            yield Parts(trainer, engine, model, dataset)
+        )
+        trainer = GRPOTrainer(
+            engine=engine,
+            model=model,
+            next_rows=dataset.batch,
+            rewards=rewards,
+            budgets=plan_of(config.rollout.budgets),
+            optimizer=MasterAdamW(
+                model.parameters(),
+                lr=config.optim.lr,
+                betas=(config.optim.betas[0], config.optim.betas[1]),
+                eps=config.optim.eps,
+                weight_decay=config.optim.weight_decay,
+            ),
+            options=_options(config, dataset, engine),
+            reference=reference,
+            adapters=adapters,
+            folder=config.run.path,
+            on_step=on_step,
+            on_evaluation=on_evaluation,
+            parallel=ranks,
+        )
+        trainer.evaluation = _evaluation(config, engine, rewards, held_out)
+        yield Parts(trainer, engine, model, dataset)
+
+
+def _refuse(config: GRPOConfig) -> None:
+    """What a configuration may say and cannot be done here."""
+    if config.optim.lora is not None:
+        lora.require_peft()
+    if started() and config.distributed.sharding == "fsdp":
+        for path, value, off in (
+            ("optim.lora", config.optim.lora, None),
+            ("optim.forward", config.optim.forward, "hf"),
+        ):
+            if value != off:
+                raise ConfigError(f"{path}={value!r} does not go with distributed.sharding=fsdp; use ddp")
+    if started() and config.optim.lora is not None and config.optim.lora.dropout:
+        raise ConfigError(
+            "optim.lora.dropout draws by the order of samples, which several processes do not share: set it "
+            "to 0, or run one process"
+        )
 
 
 def model_folder(config: GRPOConfig) -> Path:
@@ -110,13 +142,19 @@ def model_folder(config: GRPOConfig) -> Path:
     return hub.resolve(tiny_model_path() if wanted.path == "tiny" else wanted.path, wanted.revision)
 
 
-def load_model(folder: Any, config: GRPOConfig) -> Any:
+def load_model(
+    folder: Any, config: GRPOConfig, *, device: str | None = None, world: World | None = None
+) -> Any:
     """The module in `folder`, as the configuration wants it for training, without adapters."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    if world is not None and not world.main:
+        logging.disable_progress_bar()
     dtype = torch.bfloat16 if config.optim.dtype == "bfloat16" else torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    model = model.to(config.engine.device)
+    if world is None or world.size == 1 or config.distributed.sharding == "ddp":
+        model = model.to(device or config.engine.device)  # FSDP takes it there part by part
     if config.optim.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model

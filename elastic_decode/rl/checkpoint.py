@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 
 from elastic_decode.errors import CheckpointError, ConfigError
 from elastic_decode.rl import whole_files
+from elastic_decode.rl.distributed import part_of
 
 _NAME = re.compile(r"step-(\d{6,})")
 _MARKER = "complete.json"
@@ -36,21 +37,31 @@ _ASIDE = "superseded-"
 _log = logging.getLogger(__name__)
 
 
-def save(folder: Path, step: int, *, model: Any, tokenizer: Any, state: dict[str, Any], keep: int) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    *,
+    model: Any,
+    tokenizer: Any,
+    state: dict[str, Any],
+    keep: int,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> Path:
     """Write the checkpoint of `step` under `folder` and remove all but the newest `keep`; its path.
 
-    model: whatever has `save_pretrained`. state: tensors, numbers, strings and containers of them (it is
-    loaded with `weights_only`). Raises StorageError (a full disk, for one) with all checkpoints as they were.
+    model: whatever has `save_pretrained`. weights: its state dict, where that is not whole in this process.
+    state: tensors, numbers, strings and containers of them (it is loaded with `weights_only`). Raises
+    StorageError (a full disk, for one) with all checkpoints as they were.
     """
     if keep < 1:
         raise ConfigError(f"keep must be at least 1, got {keep}: a run resumes from the newest checkpoint")
     writing = folder / f"{_WRITING}step-{step:06d}"
     try:
-        target = _write(folder, writing, step, model, tokenizer, state)
+        target = _write(folder, writing, step, model, tokenizer, state, weights)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             shutil.rmtree(writing)
-        raise whole_files.refused(folder / f"step-{step:06d}", _as_os_error(error)) from error
+        raise whole_files.refused(path_of(folder, step), _as_os_error(error)) from error
     prune(folder, step, keep)
     return target
 
@@ -64,6 +75,11 @@ def prune(folder: Path, step: int, keep: int) -> None:
             hidden = folder / f"{_REMOVING}{path.name}"  # so that it is never there in part
             path.rename(hidden)
             shutil.rmtree(hidden)
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where `save` puts the checkpoint of `step`."""
+    return folder / f"step-{step:06d}"
 
 
 def latest(folder: Path) -> Path | None:
@@ -105,15 +121,16 @@ def set_aside(folder: Path, step: int) -> list[Path]:
     return moved
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """What `save` was given. Raises CheckpointError where the folder is not a whole checkpoint."""
+def load_state(path: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """What `save` was given. mapped: tensors stay in the file until they are read, so that the processes of a
+    machine share one copy. Raises CheckpointError where the folder is not a whole checkpoint."""
     if not _is_whole(path):
         raise CheckpointError(
             f"{path} is not a whole checkpoint: {_MARKER} is missing or names files that are not there in "
             "full; resume from another one"
         )
     try:
-        state: dict[str, Any] = torch.load(path / _STATE, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path / _STATE, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # whatever its unpickler meets in damaged bytes
         raise CheckpointError(
             f"{path / _STATE} cannot be read: {error}; resume from another checkpoint"
@@ -138,7 +155,7 @@ def load_weights(path: Path, model: Any) -> None:
         raise CheckpointError(f"{path} holds another model: {', '.join(wrong[:3])} differ; it was not loaded")
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(saved[name])
+            tensor.copy_(part_of(saved[name], tensor))
 
 
 def step_of(path: Path) -> int:
@@ -148,13 +165,21 @@ def step_of(path: Path) -> int:
     return int(match.group(1))
 
 
-def _write(folder: Path, writing: Path, step: int, model: Any, tokenizer: Any, state: dict[str, Any]) -> Path:
+def _write(
+    folder: Path,
+    writing: Path,
+    step: int,
+    model: Any,
+    tokenizer: Any,
+    state: dict[str, Any],
+    weights: dict[str, torch.Tensor] | None,
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for stale in [path for kind in (_WRITING, _REMOVING) for path in folder.glob(f"{kind}*")]:
         shutil.rmtree(stale)
-    target = folder / f"step-{step:06d}"
+    target = path_of(folder, step)
     writing.mkdir()
-    model.save_pretrained(writing)
+    model.save_pretrained(writing, **({} if weights is None else {"state_dict": weights}))
     tokenizer.save_pretrained(writing)
     _save_state(state, writing / _STATE)
     files = sorted(path for path in writing.rglob("*") if path.is_file())

@@ -15,7 +15,13 @@ from elastic_decode.config import EngineConfig
 from elastic_decode.errors import ConfigError
 from elastic_decode.rl import yaml_files
 from elastic_decode.rl.fields import build, flat, plain, positive, require
-from elastic_decode.rl.options import DataOptions, EvaluationOptions, ModelOptions, RolloutOptions
+from elastic_decode.rl.options import (
+    DataOptions,
+    DistributedOptions,
+    EvaluationOptions,
+    ModelOptions,
+    RolloutOptions,
+)
 
 REWARD_FACTORIES = ("l1_exact", "l1_max", "long2short", "soft_overlong")  # of rl/length_rewards.py
 LOGS = ("tensorboard", "wandb", "trackio")
@@ -211,6 +217,7 @@ class GRPOConfig:
     grading: GradingOptions = field(default_factory=GradingOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     evaluation: EvaluationOptions | None = None
+    distributed: DistributedOptions = field(default_factory=DistributedOptions)
 
     def __post_init__(self) -> None:
         require(len(self.rewards) > 0, "rewards", "one or more functions", self.rewards)
@@ -272,6 +279,7 @@ _FREE = (
     "engine.cuda_graphs",
     "engine.prefix_cache",
     *(f"grading.{name}" for name in ("workers", "timeout", "on_error")),
+    *(f"distributed.{name}" for name in ("sharding", "timeout")),
 )
 
 

@@ -9,6 +9,7 @@ of leaving the others to wait.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,6 +106,23 @@ class World:
             ) from error
 
 
+def whole(tensor: Any) -> torch.Tensor:
+    """A sharded tensor (DTensor) gathered, by all its ranks together; another as it is."""
+    full: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full
+
+
+def part_of(full: torch.Tensor, like: Any) -> torch.Tensor:
+    """What this rank holds of `full`, which every rank has, where `like` is sharded; else all of it."""
+    if not hasattr(like, "placements"):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    full = full.to(like.device)
+    part: torch.Tensor = distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+    return part
+
+
 def started() -> bool:
     """Whether this is one of several processes: torchrun's environment or a process group says so."""
     return dist.is_available() and (dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1)
@@ -132,6 +150,9 @@ def joined(device: str, *, timeout: float = 1800.0) -> Iterator[World]:
     if not started():
         yield World()
         return
+    # What all ranks find out alike is said once.
+    quiet = logging.getLogger("elastic_decode.rl.refill")
+    level = quiet.level
     there = dist.is_initialized()
     if torch.device(device).type == "cuda":
         torch.cuda.set_device(device)
@@ -139,12 +160,16 @@ def joined(device: str, *, timeout: float = 1800.0) -> Iterator[World]:
         # Objects go by gloo, whatever the device: they are in the host's memory.
         backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    world = World(dist.get_rank(), dist.get_world_size())
+    quiet.setLevel(level if world.main else logging.ERROR)
     try:
-        yield World(dist.get_rank(), dist.get_world_size())
+        yield world
     except BaseException:
         # gloo tells the others at once; NCCL would wait for them, and ends with the process.
         if not there and torch.device(device).type == "cpu":
             dist.destroy_process_group()
         raise
+    finally:
+        quiet.setLevel(level)
     if not there:
         dist.destroy_process_group()

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from elastic_decode.errors import ConfigError
+from elastic_decode.rl.distributed import part_of, whole
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -39,6 +40,7 @@ class MasterAdamW:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) over float32 copies of the parameters that need them.
 
     Parameters with one dimension (norms, biases) are not decayed. float32 parameters are their own masters.
+    Of sharded parameters each rank keeps masters and moments of its part.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class MasterAdamW:
         ]
         matrices = [master for master in self._masters if master.dim() > 1]
         others = [master for master in self._masters if master.dim() <= 1]
+        self._ordered = [*matrices, *others]  # as AdamW counts them
         self._adamw = torch.optim.AdamW(
             [
                 {"params": matrices, "weight_decay": weight_decay},
@@ -89,13 +92,24 @@ class MasterAdamW:
                     parameter.copy_(master)
                     master.grad = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Moments and masters: with it a run goes on bit for bit."""
+    def clip(self, most: float) -> torch.Tensor:
+        """Scale the gradients of all parameters down to a norm of `most` at most; the norm that they had."""
+        return whole(torch.nn.utils.clip_grad_norm_(self.parameters, most))
+
+    def state_dict(self, *, keep: bool = True) -> dict[str, Any]:
+        """Moments and masters, whole: with it a run goes on bit for bit, on any number of ranks. Of sharded
+        parameters it is gathered, by all ranks together; those with keep=False do without the result.
+        """
         copies = [
-            None if master is parameter else master.detach()
+            None if master is parameter else _kept(master, keep)
             for parameter, master in zip(self.parameters, self._masters, strict=True)
         ]
-        return {"adamw": self._adamw.state_dict(), "masters": copies}
+        state = self._adamw.state_dict()
+        moments = {
+            index: {name: _kept(value, keep) for name, value in values.items()}
+            for index, values in state["state"].items()
+        }
+        return {"adamw": {**state, "state": moments}, "masters": copies}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ConfigError where it is another model's."""
@@ -110,9 +124,28 @@ class MasterAdamW:
                 f"the optimizer's state is of {len(shapes)} parameters that are not these {len(want)}: "
                 "another model, another dtype, or other parameters frozen"
             )
-        self._adamw.load_state_dict(state["adamw"])
+        moments = {
+            index: {name: _placed(value, self._ordered[index]) for name, value in values.items()}
+            for index, values in state["adamw"]["state"].items()
+        }
+        self._adamw.load_state_dict({**state["adamw"], "state": moments})
         with torch.no_grad():
             for parameter, master, copy in zip(self.parameters, self._masters, copies, strict=True):
                 if copy is not None:
-                    master.copy_(copy)
+                    master.copy_(part_of(copy, master))
                     parameter.copy_(master)
+
+
+def _kept(value: Any, keep: bool) -> Any:
+    """A tensor whole, on the CPU where it had to be gathered; None where it is not wanted."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    full = whole(value.detach())
+    if not keep:
+        return None
+    return full.cpu() if hasattr(value, "full_tensor") else full
+
+
+def _placed(value: Any, parameter: torch.Tensor) -> Any:
+    """A moment as its parameter is; the count of steps is a scalar."""
+    return part_of(value, parameter) if isinstance(value, torch.Tensor) and value.dim() else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -156,3 +157,20 @@ class EvaluationOptions:
         require(seed is None, "evaluation.sampling.seed", "null (seeds derive from run.seed)", seed)
         labels = [budget.label for budget in self.budgets]
         require(len(set(labels)) == len(labels), "evaluation.budgets", "of different names", labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedOptions:
+    """How processes share a run, where torchrun started several (docs/scale-out.md); one does without.
+
+    sharding: ddp, every process holds all weights; fsdp (FSDP2), it holds a part of weights, gradients and
+    optimizer state, and the engine a copy of the weights. timeout: seconds that a process waits for the
+    slowest, in a rollout for one, before the run ends.
+    """
+
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    timeout: float = 1800.0
+
+    def __post_init__(self) -> None:
+        limit = self.timeout
+        require(0 < limit < math.inf, "distributed.timeout", "seconds > 0", limit)

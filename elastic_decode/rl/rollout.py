@@ -35,7 +35,8 @@ class RolloutStats:
     groups: yielded. groups_with_spread: with at least two different rewards. unscorable_samples: reward None.
     skipped_prompts: that did not fit. warned: a warning about the spread has been given. reward_seconds: what
     rewards took of the caller's time, while workers score beside it: handing samples over, taking rewards,
-    and reward_wait_seconds, waiting for them with nothing left to decode.
+    and reward_wait_seconds, waiting for them with nothing left to decode. refusal: why the last rollout
+    skipped a prompt.
     """
 
     groups: int = 0
@@ -46,6 +47,7 @@ class RolloutStats:
     warned: bool = False
     reward_seconds: float = 0.0
     reward_wait_seconds: float = 0.0
+    refusal: Exception | None = None
 
 
 def rollout(
@@ -63,6 +65,7 @@ def rollout(
     max_prompt_tokens: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     stats: RolloutStats | None = None,
+    mine: Sequence[int] | None = None,
 ) -> Generator[Group, None, None]:
     """A Group of `group_size` scored samples for every row, as they are complete. Closing the generator
     aborts what runs.
@@ -76,6 +79,9 @@ def rollout(
     too_long: prompts that leave no room for their budgets, or are longer than max_prompt_tokens, are skipped
     with a warning, and counted, or raise; where no row at all fits, the engine's error is raised. Raises
     ConfigError, and RewardError as `rewards` decides.
+
+    mine: places in `rows` of those that this process decodes, where others decode the rest: then none of them
+    fitting is no error, but `stats.refusal`, and whether rewards have a spread is left to `warn_of_spread`.
     """
     sampling = sampling or SamplingParams()
     stats = stats if stats is not None else RolloutStats()
@@ -88,9 +94,10 @@ def rollout(
     if not rows:
         raise ConfigError("rollout needs at least one row; the dataset, or this step's part of it, is empty")
     asked = _tasks(rows, budgets, sampling, run_seed, step, group_size)
+    asked = asked if mine is None else [asked[place] for place in mine]
     decoder = _Decoder(engine, group_size, max_prompt_tokens, chat_template_kwargs)
-    runs = _that_fit(decoder, asked, too_long, step, stats)
-    return _groups(engine, runs, rewards, step, group_size, train_on_forced, stats)
+    runs = _that_fit(decoder, asked, too_long, step, stats, alone=mine is None)
+    return _groups(engine, runs, rewards, step, group_size, train_on_forced, stats, alone=mine is None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +194,8 @@ def _that_fit(
     too_long: str,
     step: int,
     stats: RolloutStats,
+    *,
+    alone: bool,
 ) -> list[tuple[_Run, Generator[Generation, None, None]]]:
     """The engine's calls, checked and not begun. Rows are tried one by one only if some do not fit."""
     kinds: dict[GroupBudget | None, list[_Task]] = {}
@@ -215,7 +224,8 @@ def _that_fit(
         if fitting:
             run = _Run(fitting, run.forked)
             started.append((run, decoder.start(run)))
-    if refusal is not None and not started:
+    stats.refusal = refusal
+    if refusal is not None and not started and alone:
         raise refusal
     if skipped:
         stats.skipped_prompts += len(skipped)
@@ -240,6 +250,8 @@ def _groups(
     group_size: int,
     train_on_forced: bool,
     stats: RolloutStats,
+    *,
+    alone: bool,
 ) -> Generator[Group, None, None]:
     waiting: list[tuple[Row, Pending]] = []
     counted, spread = 0, 0
@@ -283,7 +295,13 @@ def _groups(
     finally:
         for _, pending in waiting:
             pending.cancel()
-    if counted >= FEW_GROUPS and spread < FEW_SPREAD * counted and not stats.warned:
+    if alone:
+        warn_of_spread(step, counted, spread, stats)
+
+
+def warn_of_spread(step: int, groups: int, spread: int, stats: RolloutStats) -> None:
+    """Say, once a run, that nearly none of a step's groups have samples with different rewards."""
+    if groups >= FEW_GROUPS and spread < FEW_SPREAD * groups and not stats.warned:
         stats.warned = True
         _log.warning(
             "step %d: %d of %d groups have samples with different rewards; the others teach nothing, and the "
@@ -291,7 +309,7 @@ def _groups(
             "rewards (said once)",
             step,
             spread,
-            counted,
+            groups,
         )
 
 

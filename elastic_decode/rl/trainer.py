@@ -7,7 +7,10 @@ were complete in: a run that is resumed does what it would have done.
 
     state of a run = the module's weights, the optimizer's state, the step, the position in the data
 
-Left out here: reading a configuration (a trainer is given its parts), and more than one process.
+With several processes (rl/distributed.py) each decodes its part of a step's rows; from then on all know all
+samples, and what they compute, log and save is what one process would.
+
+Left out here: reading a configuration (a trainer is given its parts).
 """
 
 from __future__ import annotations
@@ -31,8 +34,10 @@ from elastic_decode.rl.advantage import Advantages, advantages
 from elastic_decode.rl.batch import Group, Row
 from elastic_decode.rl.budgets import BudgetPlan
 from elastic_decode.rl.evaluation import Evaluation, EvaluationResult
+from elastic_decode.rl.exchange import exchange
 from elastic_decode.rl.lora import Adapters
 from elastic_decode.rl.optim import MasterAdamW, Schedule, learning_rate
+from elastic_decode.rl.parallel import Parallel
 from elastic_decode.rl.refill import DynamicSampling, Gather, NextRows, one_batch
 from elastic_decode.rl.rewards import Rewards
 from elastic_decode.rl.rollout import RolloutStats, rollout
@@ -83,7 +88,8 @@ class GRPOTrainer:
     next_rows: the dataset as a function of a position. reference: see `update`. adapters: those of `model`
     where it has any; the engine is fed their `names`. folder: where checkpoints go. on_step: called after
     every step with the number of steps so far, its metrics and its groups. evaluation: what to evaluate and
-    when; on_evaluation: called after each with the number of steps so far.
+    when; on_evaluation: called after each with the number of steps so far. Both are called on every rank with
+    the same. parallel: how ranks share the work, None = one process; an engine is fed its `names`.
     """
 
     def __init__(
@@ -102,11 +108,14 @@ class GRPOTrainer:
         on_step: Sequence[OnStep] = (),
         evaluation: Evaluation | None = None,
         on_evaluation: Sequence[OnEvaluation] = (),
+        parallel: Parallel | None = None,
     ) -> None:
         if options.save_every is not None and folder is None:
             raise ConfigError("TrainerOptions.save_every needs a folder to save in")
         self.engine = engine
         self.model = model
+        self.parallel = parallel or Parallel(model)
+        self.world = self.parallel.world
         self.optimizer = optimizer
         self.options = options
         self.step = 0
@@ -126,7 +135,7 @@ class GRPOTrainer:
         if options.sampling_rounds is not None:
             skips = options.too_long == "skip"
             self._gather = DynamicSampling(options.sampling_rounds, too_long_skips=skips)
-        if adapters is not None:
+        if engine.weight_shapes:
             self._sync()
 
     def train(self) -> None:
@@ -137,8 +146,9 @@ class GRPOTrainer:
         self._evaluate_if_due()
         while self.step < self.options.steps:
             metrics, groups = self.train_step()
-            for call in self._on_step:
-                call(self.step, metrics, groups)
+            with self.world.together(f"what follows step {self.step}"):
+                for call in self._on_step:
+                    call(self.step, metrics, groups)
             self._evaluate_if_due()
             every = self.options.save_every
             if every is not None and (self.step % every == 0 or self.step == self.options.steps):
@@ -170,7 +180,13 @@ class GRPOTrainer:
         )
         with self._noise():
             changes = update(
-                self.model, self.optimizer, trained, options.update, lr=rate, reference=self._reference
+                self.model,
+                self.optimizer,
+                trained,
+                options.update,
+                lr=rate,
+                reference=self._reference,
+                parallel=self.parallel,
             )
         self._sync()
         updated = time.perf_counter()
@@ -196,30 +212,37 @@ class GRPOTrainer:
         if evaluation is None or self.evaluated == self.step:
             return
         if evaluation.due(self.step, self.options.steps):
-            result = evaluation.run(self.step)
+            with self.world.together(f"the evaluation after {self.step} steps"):
+                result = evaluation.run(self.step)
+                for call in self._on_evaluation:
+                    call(self.step, result)
             self.evaluated = self.step
-            for call in self._on_evaluation:
-                call(self.step, result)
 
     def save(self) -> Path:
         """A checkpoint of now."""
         if self._folder is None:
             raise ConfigError("this trainer has no folder to save in")
-        return checkpoint.save(
-            self._folder,
-            self.step,
-            model=self._adapters or self.model,
-            tokenizer=self.engine.tokenizer,
-            state={
-                "step": self.step,
-                "position": self.position,
-                "evaluated": self.evaluated,
-                "run_seed": self.options.run_seed,
-                "identity": self.options.identity,
-                "optimizer": self.optimizer.state_dict(),
-            },
-            keep=self.options.keep,
-        )
+        weights, main = self.parallel.state_dict(), self.world.main
+        state = {
+            "step": self.step,
+            "position": self.position,
+            "evaluated": self.evaluated,
+            "run_seed": self.options.run_seed,
+            "identity": self.options.identity,
+            "optimizer": self.optimizer.state_dict(keep=main),
+        }
+        with self.world.together(f"the checkpoint of step {self.step}"):
+            if main:
+                checkpoint.save(
+                    self._folder,
+                    self.step,
+                    model=self._adapters or self.model,
+                    tokenizer=self.engine.tokenizer,
+                    state=state,
+                    keep=self.options.keep,
+                    weights=weights,
+                )
+        return checkpoint.path_of(self._folder, self.step)
 
     def resume(self, path: Path | None = None) -> bool:
         """Take a run up where `path`, or the newest whole checkpoint, left it; False where there is none.
@@ -227,11 +250,25 @@ class GRPOTrainer:
         Checkpoints of later steps are set aside: these are trained again. Raises CheckpointError where it is
         another run's, with nothing changed.
         """
-        if path is None and self._folder is not None:
-            path = checkpoint.latest(self._folder)
+        with self.world.together("to resume"):
+            if path is None and self._folder is not None and self.world.main:
+                path = checkpoint.latest(self._folder)  # it puts the folder in order: one rank does
+        path = self.world.gather(path)[0]
         if path is None:
             return False
-        state = checkpoint.load_state(path)
+        with self.world.together("to resume"):
+            self._load(path)
+        with self.world.together("to resume"):
+            if self.world.main and self._folder is not None:
+                if aside := checkpoint.set_aside(self._folder, self.step):
+                    names = ", ".join(path.name for path in aside)
+                    _log.warning("%s: set aside, to go on from step %d: %s", self._folder, self.step, names)
+                checkpoint.prune(self._folder, self.step, self.options.keep)
+        self._sync()
+        return True
+
+    def _load(self, path: Path) -> None:
+        state = checkpoint.load_state(path, mapped=self.world.size > 1)
         if state["run_seed"] != self.options.run_seed:
             raise CheckpointError(
                 f"{path} is of a run with seed {state['run_seed']}, this one has {self.options.run_seed}: it "
@@ -247,18 +284,12 @@ class GRPOTrainer:
         else:
             checkpoint.load_weights(path, self.model)
         self.optimizer.load_state_dict(state["optimizer"])
-        self._sync()
         self.step, self.position, self.evaluated = state["step"], state["position"], state["evaluated"]
-        if self._folder is not None:
-            if aside := checkpoint.set_aside(self._folder, self.step):
-                names = ", ".join(path.name for path in aside)
-                _log.warning("%s: set aside, to go on from step %d: %s", self._folder, self.step, names)
-            checkpoint.prune(self._folder, self.step, self.options.keep)
-        return True
 
     def _sync(self) -> None:
         """The engine decodes with what the module is now."""
-        self.engine.sync_weights(None if self._adapters is None else self._adapters.merged())
+        weights = self.parallel.weights() if self._adapters is None else self._adapters.merged()
+        self.engine.sync_weights(weights)
 
     @contextmanager
     def _noise(self) -> Iterator[None]:
@@ -269,8 +300,16 @@ class GRPOTrainer:
             yield
 
     def _rollout(self, rows: Sequence[Row]) -> list[Group]:
+        """The groups of all rows, in their order; each rank decodes its part of them."""
+        own: list[Group] = []
+        with self.world.together(f"the rollout of step {self.step}"):
+            mine = self.world.mine(len(rows))
+            if mine:
+                own = self._decode(rows, None if self.world.size == 1 else mine)
+        return exchange(self.world, own, rows, self._stats)
+
+    def _decode(self, rows: Sequence[Row], mine: Sequence[int] | None) -> list[Group]:
         options = self.options
-        place = {row.index: number for number, row in enumerate(rows)}
         was_training = self.model.training
         self.model.eval()
         try:
@@ -289,9 +328,10 @@ class GRPOTrainer:
                     max_prompt_tokens=options.max_prompt_tokens,
                     chat_template_kwargs=options.chat_template_kwargs,
                     stats=self._stats,
+                    mine=mine,
                 )
             ) as groups:
-                return sorted(groups, key=lambda group: (place[group.index], group.samples[0].seed))
+                return list(groups)
         finally:
             self.model.train(was_training)
 

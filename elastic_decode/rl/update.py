@@ -6,23 +6,21 @@ mini-batch is packed into micro-batches by tokens, whose losses add up to the mi
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from elastic_decode.errors import ConfigError
 from elastic_decode.rl.batch import Sample
+from elastic_decode.rl.distributed import World
 from elastic_decode.rl.logprobs import Packed, TokenLogprobs, attends_in_rows, pack, plan, token_logprobs
 from elastic_decode.rl.loss import Objective, Tokens, denominators, mismatch, policy_loss
 from elastic_decode.rl.optim import MasterAdamW
-
-# How a loop over ranks adds up a tensor in place; one process has nothing to add.
-Reduce = Callable[[torch.Tensor], None]
+from elastic_decode.rl.parallel import Parallel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,53 +58,43 @@ def update(
     *,
     lr: float,
     reference: Any = None,
-    reduce: Reduce | None = None,
-    ranks: int = 1,
+    parallel: Parallel | None = None,
 ) -> dict[str, float]:
     """Train on one step's samples; metrics of the step (means over its updates).
 
-    reference: the frozen model of the KL, or a context manager factory under which `model` is it (LoRA's
-    `disable_adapter`). reduce, ranks: for torch.distributed, whose DDP averages gradients. Raises ConfigError
-    where there is nothing to train on or a term lacks what it needs, and FloatingPointError, with no update
-    made, where a gradient is not finite.
+    trained: of all ranks, the same on each. reference: the frozen model of the KL (also as `Parallel`), or a
+    context manager factory under which `model` is it (LoRA's `disable_adapter`). parallel: how ranks share
+    the work, None = one process. Raises ConfigError where there is nothing to train on or a term lacks what
+    it needs, and FloatingPointError, with no update made, where a gradient is not finite.
     """
+    parallel = parallel or Parallel(model)
     wanted = [row for row in trained if any(row.sample.loss_mask)]
     if options.updates < 1:
         raise ConfigError(f"updates must be >= 1, got {options.updates}")
     if options.kl_coef and reference is None:
         raise ConfigError(f"kl_coef={options.kl_coef} needs a reference model")
     device = next(model.parameters()).device
-    in_rows = _in_rows(model, options)
+    in_rows = options.logprobs is token_logprobs and attends_in_rows(model)
     model.train()
     batches = _mini_batches(wanted, options.updates)
-    old: dict[int, torch.Tensor] = {}
+    micros = [_micro_batches(batch, options.max_tokens, parallel, in_rows) for batch in batches]
+    every = [rows for micro in micros for rows in micro]
+    passed = _Pass(parallel, options.logprobs, options.chunk, device, in_rows)
+    old = None
     if len(batches) > 1:  # with one update the policy is its own old one
-        old = _logprobs_of(model, wanted, options, device)
-    ref = {}
+        old = passed.without_gradient(every)
+    ref = None
     if options.kl_coef:
-        ref = _reference_logprobs(model, reference, wanted, options, device)
+        ref = _reference_logprobs(passed, reference, every)
     totals: dict[str, float] = {}
     first: dict[int, torch.Tensor] = {}
-    for batch in batches:
-        counts = torch.tensor(denominators(row.sample.loss_mask for row in batch), device=device)
-        if reduce is not None:
-            reduce(counts)
-        total_tokens, total_samples = (int(count) for count in counts.tolist())
-        if total_tokens == 0:
-            continue
+    for batch, micro in zip(batches, micros, strict=True):
+        total_tokens, total_samples = denominators(row.sample.loss_mask for row in batch)
         optimizer.zero_grad()
-        micro = plan([_length(row.sample) for row in batch], options.max_tokens, rows=in_rows)
         summed: dict[str, torch.Tensor] = {}
-        for index, chosen in enumerate(micro):
-            held = contextlib.nullcontext()
-            if index < len(micro) - 1 and hasattr(model, "no_sync"):
-                held = model.no_sync()
-            with held:
-                rows = [batch[i] for i in chosen]
-                packed = _pack(rows, device, in_rows)
-                logprobs, entropy = options.logprobs(
-                    model, packed, chunk=options.chunk, entropy=bool(options.entropy_coef)
-                )
+        for index, rows in enumerate(micro):
+            with parallel.accumulating(last=index == len(micro) - 1):
+                packed, logprobs, entropy = passed(rows, entropy=bool(options.entropy_coef))
                 for row, own in zip(rows, _split(logprobs.detach(), packed, len(rows)), strict=True):
                     first.setdefault(id(row), own)
                 tokens = _tokens(rows, packed, logprobs, entropy, old, ref, device)
@@ -122,12 +110,10 @@ def update(
                     correction_cap=options.correction_cap,
                     constant_length=options.constant_length,
                 )
-                (loss * ranks).backward()
+                (loss * parallel.scale).backward()
             for name, value in metrics.items():
                 summed[name] = summed[name] + value if name in summed else value
-        norm = torch.nn.utils.clip_grad_norm_(
-            optimizer.parameters, options.grad_clip if options.grad_clip else math.inf
-        )
+        norm = optimizer.clip(options.grad_clip if options.grad_clip else math.inf)
         if not torch.isfinite(norm):
             optimizer.zero_grad()
             raise FloatingPointError(
@@ -135,15 +121,11 @@ def update(
                 "steps and at the rewards; a lower learning rate or a clip of the correction may help"
             )
         optimizer.step(lr)
-        for name, value in [*summed.items(), ("grad_norm", norm)]:
+        for name, value in [*_over_ranks(summed, parallel.world).items(), ("grad_norm", norm)]:
             totals[name] = totals.get(name, 0.0) + float(value) / len(batches)
     optimizer.zero_grad()
-    totals |= _mismatch(wanted, old or {id(row): first[id(row)] for row in wanted})
+    totals |= _mismatch(list(itertools.chain(*every)), first if old is None else old, parallel.world)
     return totals
-
-
-def _in_rows(model: Any, options: UpdateOptions) -> bool:
-    return options.logprobs is token_logprobs and attends_in_rows(model)
 
 
 def _mini_batches(rows: Sequence[Trained], updates: int) -> list[list[Trained]]:
@@ -157,42 +139,71 @@ def _length(sample: Sample) -> int:
     return len(sample.prompt_ids) + len(sample.token_ids)
 
 
-def _pack(rows: Sequence[Trained], device: torch.device, in_rows: bool) -> Packed:
-    return pack(
-        [(row.sample.prompt_ids, row.sample.token_ids) for row in rows],
-        range(len(rows)),
-        [row.temperature for row in rows],
-        device,
-        rows=in_rows,
-    )
+def _micro_batches(
+    batch: Sequence[Trained], max_tokens: int, parallel: Parallel, in_rows: bool
+) -> list[list[Trained]]:
+    """This rank's part of a mini-batch in micro-batches. Empty ones follow where it has to take part in
+    others' passes.
+    """
+    lengths = [_length(row.sample) for row in batch]
+    plans = [
+        [[share[i] for i in chosen] for chosen in plan([lengths[i] for i in share], max_tokens, rows=in_rows)]
+        for share in parallel.share(lengths)
+    ]
+    mine = [[batch[i] for i in chosen] for chosen in plans[parallel.world.rank]]
+    return mine + [[] for _ in range(parallel.passes([len(plan) for plan in plans]) - len(mine))]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """A micro-batch through a model. An empty one is a pass over a token that nothing is made of."""
+
+    parallel: Parallel
+    compute: TokenLogprobs
+    chunk: int
+    device: torch.device
+    in_rows: bool
+
+    def __call__(
+        self, rows: Sequence[Trained], *, entropy: bool = False
+    ) -> tuple[Packed, torch.Tensor, torch.Tensor | None]:
+        packed = pack(
+            [(row.sample.prompt_ids, row.sample.token_ids) for row in rows] or [((0,), (0,))],
+            range(len(rows) or 1),
+            [row.temperature for row in rows] or [1.0],
+            self.device,
+            rows=self.in_rows,
+        )
+        logprobs, spread = self.parallel.logprobs(self.compute, packed, chunk=self.chunk, entropy=entropy)
+        if not rows:
+            packed = replace(packed, sample_of=packed.sample_of[:0])
+            logprobs, spread = logprobs[:0], None if spread is None else spread[:0]
+        return packed, logprobs, spread
+
+    @torch.no_grad()
+    def without_gradient(self, micro: Sequence[Sequence[Trained]]) -> dict[int, torch.Tensor]:
+        """Log-probabilities of each row's output tokens, by the row's id."""
+        found: dict[int, torch.Tensor] = {}
+        for rows in micro:
+            packed, logprobs, _ = self(rows)
+            parts = _split(logprobs, packed, len(rows))
+            found |= {id(row): own for row, own in zip(rows, parts, strict=True)}
+        return found
 
 
 def _split(values: torch.Tensor, packed: Packed, rows: int) -> tuple[torch.Tensor, ...]:
     return values.split(packed.sample_of.bincount(minlength=rows).tolist())
 
 
-@torch.no_grad()
-def _logprobs_of(
-    model: Any, rows: Sequence[Trained], options: UpdateOptions, device: torch.device
-) -> dict[int, torch.Tensor]:
-    """Log-probabilities of each row's output tokens, by the row's id."""
-    found: dict[int, torch.Tensor] = {}
-    in_rows = _in_rows(model, options)
-    for chosen in plan([_length(row.sample) for row in rows], options.max_tokens, rows=in_rows):
-        some = [rows[i] for i in chosen]
-        packed = _pack(some, device, in_rows)
-        logprobs, _ = options.logprobs(model, packed, chunk=options.chunk)
-        found |= {id(row): own for row, own in zip(some, _split(logprobs, packed, len(some)), strict=True)}
-    return found
-
-
 def _reference_logprobs(
-    model: Any, reference: Any, rows: Sequence[Trained], options: UpdateOptions, device: torch.device
+    passed: _Pass, reference: Any, micro: Sequence[Sequence[Trained]]
 ) -> dict[int, torch.Tensor]:
     if isinstance(reference, torch.nn.Module):
-        return _logprobs_of(reference, rows, options, device)
+        reference = Parallel(reference)
+    if isinstance(reference, Parallel):
+        return replace(passed, parallel=reference).without_gradient(micro)
     with reference():
-        return _logprobs_of(model, rows, options, device)
+        return passed.without_gradient(micro)
 
 
 def _tokens(
@@ -200,8 +211,8 @@ def _tokens(
     packed: Packed,
     logprobs: torch.Tensor,
     entropy: torch.Tensor | None,
-    old: dict[int, torch.Tensor],
-    ref: dict[int, torch.Tensor],
+    old: dict[int, torch.Tensor] | None,
+    ref: dict[int, torch.Tensor] | None,
     device: torch.device,
 ) -> Tokens:
     def flat(name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -209,24 +220,34 @@ def _tokens(
             [x for row in rows for x in getattr(row.sample, name)], dtype=dtype, device=device
         )
 
+    def of(found: dict[int, torch.Tensor]) -> torch.Tensor:
+        return torch.cat([found[id(row)] for row in rows]) if rows else logprobs.detach()
+
     return Tokens(
         logprobs=logprobs,
-        old_logprobs=torch.cat([old[id(row)] for row in rows]) if old else logprobs.detach(),
+        old_logprobs=logprobs.detach() if old is None else of(old),
         mask=flat("loss_mask", torch.bool),
         advantages=torch.tensor([row.advantage for row in rows], dtype=torch.float32, device=device),
         sample_of=packed.sample_of,
         sampling_logprobs=flat("sampling_logprobs", torch.float32),
         forced=flat("forced", torch.bool),
-        ref_logprobs=torch.cat([ref[id(row)] for row in rows]) if ref else None,
+        ref_logprobs=None if ref is None else of(ref),
         entropy=entropy,
     )
 
 
-def _mismatch(rows: Sequence[Trained], trainer: dict[int, torch.Tensor]) -> dict[str, float]:
-    """The engine's log-probabilities against the trainer's, over the sampled tokens."""
-    if not rows:
-        return {}
-    mine = torch.cat([trainer[id(row)] for row in rows]).cpu()
+def _over_ranks(metrics: dict[str, torch.Tensor], world: World) -> dict[str, torch.Tensor]:
+    """Sums over ranks; each has the same metrics, if only of an empty micro-batch."""
+    if world.size == 1:
+        return metrics
+    return dict(zip(metrics, world.add(torch.stack([v.double() for v in metrics.values()])), strict=True))
+
+
+def _mismatch(rows: Sequence[Trained], trainer: dict[int, torch.Tensor], world: World) -> dict[str, float]:
+    """The engine's log-probabilities against the trainer's, over the sampled tokens of all ranks."""
+    none = torch.empty(0)
+    mine = torch.cat([none, *(trainer[id(row)].cpu() for row in rows)])
     theirs = torch.tensor([p for row in rows for p in row.sample.logprobs])
     sampled = torch.tensor([not forced for row in rows for forced in row.sample.forced], dtype=torch.bool)
-    return mismatch(mine, theirs, sampled)
+    mine, theirs = world.concat(mine[sampled]), world.concat(theirs[sampled])
+    return mismatch(mine, theirs, torch.ones(len(mine), dtype=torch.bool))
