@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,8 @@ from elastic_decode.models import hub
 if TYPE_CHECKING:
     from elastic_decode.rl.config import GRPOConfig
     from elastic_decode.rl.estimate import Estimate
-    from elastic_decode.rl.evaluation import EvaluationResult
+    from elastic_decode.rl.evaluation import Evaluation, EvaluationResult
+    from elastic_decode.rl.metrics import Metrics
 
 _CONFIG = "config.yaml"  # in the run's folder
 _EPILOG = """examples:
@@ -158,8 +161,10 @@ def _train(config: GRPOConfig, resume: str) -> int:
         for metrics in written:
             metrics.evaluation(step, result.metrics(), str(result))
 
+    _quieten(after_loading=False)
     with assemble(config, on_step=[on_step], on_evaluation=[on_evaluation]) as parts:
         trainer, run = parts.trainer, config.run
+        _quieten(after_loading=True)
         if resume != "never":
             trainer.resume(None if resume == "auto" else Path(resume))
         if not trainer.world.main:  # of several processes one writes and shows
@@ -179,9 +184,30 @@ def _train(config: GRPOConfig, resume: str) -> int:
         ) as metrics:
             written.append(metrics)
             where = f"from step {trainer.step}" if trainer.step else "from the start"
+            if trainer.step >= run.steps:
+                where = "are done; a larger run.steps goes on"
             metrics.say(f"{run.name}: {run.steps} steps {where}, in {run.path}")
+            if trainer.evaluation is not None:
+                trainer.evaluation = _announced(trainer.evaluation, metrics)
             trainer.train()
+            metrics.say(f"{run.name}: the model of step {trainer.step} is in {run.path / 'checkpoints'}")
     return 0
+
+
+def _announced(evaluation: Evaluation, metrics: Metrics) -> Evaluation:
+    def run(step: int) -> EvaluationResult:
+        metrics.busy("evaluating")
+        return evaluation.run(step)
+
+    return replace(evaluation, run=run)
+
+
+def _quieten(*, after_loading: bool) -> None:
+    """No progress bars of transformers: not beside ours, and none for loading where nobody is watching."""
+    from transformers.utils import logging
+
+    if after_loading or not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 def _check_folder(config: GRPOConfig, resume: str) -> None:

@@ -25,6 +25,7 @@ from elastic_decode.errors import BudgetError, CapacityError, ConfigError
 from elastic_decode.llm import AnyBudget, Engine
 from elastic_decode.rl import data
 from elastic_decode.rl.batch import Row, Sample
+from elastic_decode.rl.distributed import World
 from elastic_decode.rl.options import EvaluationBudget, EvaluationOptions
 from elastic_decode.rl.rewards import Pending, Rewards
 from elastic_decode.rl.rollout import shown
@@ -85,16 +86,20 @@ class EvaluationResult:
         }
 
     def __str__(self) -> str:
-        """One line for a terminal."""
+        """One line for a terminal; a solution budget that all have is said once."""
+        labels = [score.budget.label for score in self.budgets]
+        common = labels[0][labels[0].rfind("_") :] if "_" in labels[0] else ""
+        shared = bool(common) and len(labels) > 1 and all(label.endswith(common) for label in labels)
+        short = [label.removesuffix(common) if shared else label for label in labels]
         said = [
-            f"{score.budget.label} {score.accuracy:.3f}"
+            f"{label} {score.accuracy:.3f}"
             + (f" ({score.think_tokens:.1f} tokens)" if score.budget.think is None else "")
-            for score in self.budgets
+            for label, score in zip(short, self.budgets, strict=True)
         ]
         errors = [e for score in self.budgets if math.isfinite(e := score.standard_error)]
         spread = f", ±{max(errors):.3f}" if errors else ""
         return (
-            f"evaluation after {self.step} steps  {'  '.join(said)}  "
+            f"evaluation after {self.step} steps{f', {common[1:]}' if shared else ''}  {'  '.join(said)}  "
             f"({len(self.rows)} prompts{spread}, {self.seconds:.1f} s)"
         )
 
@@ -120,6 +125,7 @@ class Evaluator:
 
     Raises ConfigError for names that are no reward functions, and the engine's error where no row leaves room
     for all budgets: now, not at the first evaluation. Single rows that do not fit are skipped with a warning.
+    world: the processes that share the rows; each has the whole result.
     """
 
     def __init__(
@@ -134,6 +140,7 @@ class Evaluator:
         sampling: SamplingParams | None = None,
         counted: Sequence[str] = (),
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        world: World | None = None,
     ) -> None:
         unknown = [name for name in counted if name not in rewards.functions]
         if unknown:
@@ -144,14 +151,33 @@ class Evaluator:
         self._budgets, self._n, self._run_seed = tuple(budgets), n, run_seed
         self._sampling = sampling or SamplingParams()
         self._template = chat_template_kwargs
-        self._rows = self._that_fit(rows)
-        self._skipped = len(rows) - len(self._rows)
-        self._plan = self._shared()
+        self._world = world or World()
+        self._all = self._that_fit(rows)
+        self._skipped = len(rows) - len(self._all)
+        self._rows = [self._all[place] for place in self._world.mine(len(self._all))]
+        self._plan = self._shared() if self._rows else []
 
     def __call__(self, step: int) -> EvaluationResult:
         """Decode and score everything. Raises RewardError as the reward functions decide."""
         started = time.perf_counter()
-        waiting: dict[tuple[int, int], Pending] = {}  # by place of budget and row
+        own: dict[tuple[int, int], list[_Outcome]] = {}
+        with self._world.together(f"the evaluation of step {step}"):
+            own = self._outcomes(step)
+        found = {key: outcomes for part in self._world.gather(own) for key, outcomes in part.items()}
+        return EvaluationResult(
+            step=step,
+            budgets=tuple(
+                _score(budget, [found[place, row.index] for row in self._all])
+                for place, budget in enumerate(self._budgets)
+            ),
+            rows=tuple(row.index for row in self._all),
+            skipped=self._skipped,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _outcomes(self, step: int) -> dict[tuple[int, int], list[_Outcome]]:
+        """By (place of the budget, dataset row), of this process's rows."""
+        waiting: dict[tuple[int, int], Pending] = {}
         found: dict[tuple[int, int], list[_Outcome]] = {}
 
         def take(*, wait: bool) -> None:
@@ -162,7 +188,7 @@ class Evaluator:
             for (budget, row), samples in self._decoded():
                 chosen = self._rows[row]
                 prompt = shown(self._engine, chosen.prompt)
-                waiting[budget, row] = self._rewards.submit(
+                waiting[budget, chosen.index] = self._rewards.submit(
                     prompt, samples, chosen.columns, step=step, index=chosen.index
                 )
                 take(wait=False)
@@ -170,16 +196,7 @@ class Evaluator:
         finally:
             for pending in waiting.values():
                 pending.cancel()
-        return EvaluationResult(
-            step=step,
-            budgets=tuple(
-                _score(budget, [found[place, row] for row in range(len(self._rows))])
-                for place, budget in enumerate(self._budgets)
-            ),
-            rows=tuple(row.index for row in self._rows),
-            skipped=self._skipped,
-            seconds=time.perf_counter() - started,
-        )
+        return found
 
     # ---- decoding ----
 

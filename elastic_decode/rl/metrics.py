@@ -121,10 +121,14 @@ class JsonLines:
             if not again:
                 kept.append(line)
         if trained or found:
-            said = [f"{trained} steps from {first_step} on"] * (trained > 0)
-            said += [f"{found} evaluations after step {evaluated}"] * (found > 0)
-            self.notes.append(f"{self.path}: {' and '.join(said)} are dropped: they are made again")
+            said = [f"{_counted(trained, 'step')} from {first_step} on"] * (trained > 0)
+            said += [_counted(found, "evaluation")] * (found > 0)
+            self.notes.append(f"{self.path}: dropped {' and '.join(said)}, to be made again")
         return b"".join(line + b"\n" for line in kept)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _number(value: float) -> float | str:
@@ -183,6 +187,11 @@ class Metrics:
         if self._display is not None:
             self._display.evaluated(step, values.get(f"{EVALUATION}seconds", 0.0), said)
 
+    def busy(self, doing: str) -> None:
+        """What takes a while, until the next step or evaluation is shown."""
+        if self._display is not None:
+            self._display.busy(doing)
+
     def say(self, message: str) -> None:
         """A remark, without breaking the display."""
         if self._display is not None:
@@ -209,6 +218,7 @@ class Display:
         self._steps, self._first, self._console = steps, first_step, console
         self._started = time.monotonic()
         self._bar: Progress | None = None
+        self._said = ""
         if console.is_terminal:
             columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[said]}"))
             self._bar = Progress(*columns, console=console)
@@ -220,6 +230,7 @@ class Display:
         each = (time.monotonic() - self._started) / max(1, done - self._first)
         parts = [f"{label} {format(values[key], how)}" for key, label, how in SHOWN if key in values]
         said = "  ".join([*parts, f"ETA {_duration(each * max(0, self._steps - done))}"])
+        self._said = said
         if self._bar is not None:
             self._bar.update(self._task, completed=done, said=said)
         else:
@@ -229,6 +240,11 @@ class Display:
         if step == self._first:  # says nothing of how long the steps take
             self._started += seconds
         self.say(said)
+        self.busy("")
+
+    def busy(self, doing: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, said="  ".join(filter(None, (self._said, doing))))
 
     def say(self, message: str) -> None:
         self._console.print(message, markup=False, highlight=False, soft_wrap=True)

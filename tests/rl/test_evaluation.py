@@ -16,6 +16,7 @@ from elastic_decode.errors import BudgetError, ConfigError
 from elastic_decode.rl.assemble import assemble
 from elastic_decode.rl.batch import Row
 from elastic_decode.rl.config import load_config
+from elastic_decode.rl.distributed import World
 from elastic_decode.rl.evaluation import Evaluation, Evaluator, clustered, evaluate, rows_of
 from elastic_decode.rl.options import DataOptions, EvaluationBudget, EvaluationOptions
 from elastic_decode.rl.rewards import Rewards
@@ -126,10 +127,34 @@ def test_names_and_numbers(engine, rewards):
     assert metrics["eval/problems"] == 6
     line = str(result)
     assert "\n" not in line
-    assert line.startswith(
-        f"evaluation after 3 steps  t10_s3 {metrics['eval/t10_s3/accuracy']:.3f}  tinf_s3 "
-    )
+    first = f"t10 {metrics['eval/t10_s3/accuracy']:.3f}"
+    assert line.startswith(f"evaluation after 3 steps, s3  {first}  tinf ")
     assert "tokens)  (6 prompts, ±" in line
+    assert "t0_s3" in str(evaluate(engine, ROWS, BUDGETS, 1, rewards, 5, 3)), "not all with 3 tokens to solve"
+
+
+class Half(World):
+    """One of two processes; the other one's part is made here, too."""
+
+    def __init__(self, rank, other):
+        super().__init__(rank, 2)
+        self._other = other
+
+    def gather(self, value):
+        return sorted([value, self._other(value)], key=str)
+
+
+def test_processes_share_the_rows(engine, rewards):
+    alone = evaluate(engine, ROWS, BUDGETS, 2, rewards, 5, 0)
+
+    def made(rank):
+        return Evaluator(engine, ROWS, BUDGETS, rewards=rewards, n=2, run_seed=5, world=World(rank, 2))
+
+    parts = [made(rank)._outcomes(0) for rank in (0, 1)]
+    assert [len(part) for part in parts] == [3 * len(BUDGETS)] * 2
+    other = Half(0, lambda value: None if value is None else parts[1])
+    shared = Evaluator(engine, ROWS, BUDGETS, rewards=rewards, n=2, run_seed=5, world=other)(0)
+    assert (shared.budgets, shared.rows) == (alone.budgets, alone.rows)
 
 
 def test_unscorable_samples_are_in_no_mean(engine):

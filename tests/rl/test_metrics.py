@@ -45,7 +45,7 @@ def test_steps_behind_the_checkpoint_are_dropped_and_said(tmp_path):
     whole = path.read_bytes()
     lines = JsonLines(path, first_step=3)
     assert len(lines.notes) == 1
-    assert "2 steps from 3 on are dropped" in lines.notes[0]
+    assert "dropped 2 steps from 3 on, to be made again" in lines.notes[0]
     for step in (3, 4):
         lines.write(step, {"reward": step / 2})
     with pytest.raises(ValueError, match="step 4 is not after step 4"):
@@ -65,7 +65,7 @@ def test_evaluations_after_the_one_of_the_checkpoint_are_dropped(tmp_path):
     with pytest.raises(ValueError, match="begin with eval/"):
         lines.write_evaluation(4, {"a": 0})
     lines.close()
-    for evaluated, kept in ((2, [0, 1, 2]), (1, [0, 1])):
+    for evaluated, kept, said in ((2, [0, 1, 2], "1 evaluation"), (1, [0, 1], "2 evaluations")):
         copy = tmp_path / f"{evaluated}.jsonl"
         copy.write_bytes(path.read_bytes())
         lines = JsonLines(copy, first_step=2, evaluated=evaluated)
@@ -74,7 +74,7 @@ def test_evaluations_after_the_one_of_the_checkpoint_are_dropped(tmp_path):
         assert [r["step"] for r in records(copy) if "reward" in r] == [0, 1]
         assert lines.restored == [(2, {"eval/a": 1.0})] * (evaluated == 2)
         (note,) = lines.notes
-        assert f"2 steps from 2 on and {3 - evaluated} evaluations after step {evaluated} are dropped" in note
+        assert f"dropped 2 steps from 2 on and {said}, to be made again" in note
 
 
 def test_what_is_no_record_is_not_thrown_away(tmp_path):
@@ -145,7 +145,7 @@ def test_what_was_dropped_is_shown(tmp_path):
     screen = io.StringIO()
     with metrics(tmp_path, Console(file=screen), first_step=1) as run:
         assert len(run.notes) == 1
-    assert "2 steps from 1 on are dropped" in screen.getvalue()
+    assert "dropped 2 steps from 1 on" in screen.getvalue()
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb", "trackio"])
