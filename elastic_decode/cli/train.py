@@ -146,10 +146,11 @@ def _plan(config: GRPOConfig) -> int:
 
 
 def _train(config: GRPOConfig, resume: str) -> int:
-    from elastic_decode.rl import whole_files
+    from elastic_decode.rl import trackers, whole_files
     from elastic_decode.rl.assemble import assemble
     from elastic_decode.rl.metrics import Metrics
 
+    trackers.require(config.run.log)  # before the model is loaded
     _check_folder(config, resume)
     written: list[Metrics] = []  # made once it is known at which step the run goes on
 

@@ -177,8 +177,8 @@ class OptimOptions:
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """folder: where metrics and checkpoints go; null = runs/<name>. save_every, eval_every: steps; 0 = never
-    (but at the end a checkpoint is saved always). keep: checkpoints. log: of LOGS; metrics.jsonl is always
-    written. progress: a display on the terminal.
+    (but at the end a checkpoint is saved always). keep: checkpoints. log: of LOGS (rl/trackers.py);
+    metrics.jsonl is always written. progress: a display on the terminal.
     """
 
     name: str

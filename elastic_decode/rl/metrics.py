@@ -2,8 +2,8 @@
 
 `metrics.jsonl` is always written, a whole line a step, each step once: what a kill has cut off, and what lies
 behind the checkpoint that a run resumes from, is taken out and said. TensorBoard, wandb and trackio on
-request. A record's step is the number of updates before it: that of a training step and that of the
-evaluation just before it (whose names begin with `eval/`) are of the same weights.
+request (rl/trackers.py). A record's step is the number of updates before it: that of a training step and that
+of the evaluation just before it (whose names begin with `eval/`) are of the same weights.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from elastic_decode.errors import CheckpointError, ConfigError
-from elastic_decode.rl import whole_files
+from elastic_decode.errors import CheckpointError
+from elastic_decode.rl import trackers, whole_files
 
 FILE = "metrics.jsonl"
 EVALUATION = "eval/"  # what the names of an evaluation's metrics begin with
@@ -38,7 +38,7 @@ SHOWN = (
 class JsonLines:
     """An append-only file of steps and evaluations.
 
-    notes: what was taken out when it was opened. restored: evaluations of the next step that were kept.
+    notes: what was taken out when it was opened. records: what was kept, (step, values) each.
     """
 
     def __init__(self, path: Path, *, first_step: int = 0, evaluated: int = -1) -> None:
@@ -50,7 +50,7 @@ class JsonLines:
         self.path = path
         self.notes: list[str] = []
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.restored: list[tuple[int, dict[str, float]]] = []
+        self.records: list[tuple[int, dict[str, float]]] = []
         self._last, self._last_evaluation = first_step - 1, evaluated
         old = path.read_bytes() if path.exists() else b""
         kept = self._kept(old, first_step, evaluated)
@@ -106,20 +106,20 @@ class JsonLines:
             try:
                 record = json.loads(line)
                 step = int(record.pop("step"))
+                values = {name: float(value) for name, value in record.items()}
             except (ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(
                     f"{self.path}:{number} is no record of a step; move the file away to go on without it"
                 ) from error
-            if any(name.startswith(EVALUATION) for name in record):
+            if any(name.startswith(EVALUATION) for name in values):
                 again = step > evaluated
                 found += again
-                if not again and step >= first_step:
-                    self.restored.append((step, {name: float(value) for name, value in record.items()}))
             else:
                 again = step >= first_step
                 trained += again
             if not again:
                 kept.append(line)
+                self.records.append((step, values))
         if trained or found:
             said = [f"{_counted(trained, 'step')} from {first_step} on"] * (trained > 0)
             said += [_counted(found, "evaluation")] * (found > 0)
@@ -158,11 +158,28 @@ class Metrics:
         progress: bool = True,
         console: Console | None = None,
     ) -> None:
-        self._trackers = [_TRACKERS[kind](folder, name, first_step, dict(config or {})) for kind in log]
+        trackers.require(log)
         self._lines = JsonLines(folder / FILE, first_step=first_step, evaluated=evaluated)
-        for tracker in self._trackers:
-            tracker.restore(self._lines.restored)
-        self._display = Display(steps, first_step, console or Console(stderr=True)) if progress else None
+        self._trackers: list[trackers.Tracker] = []
+        self._display: Display | None = None
+        try:
+            for kind in log:
+                self._trackers.append(
+                    trackers.start(
+                        kind,
+                        folder,
+                        name=name,
+                        config=config or {},
+                        first_step=first_step,
+                        history=self._lines.records,
+                    )
+                )
+        except BaseException:
+            self.close(failed=True)
+            raise
+        self._lines.records = []
+        if progress:
+            self._display = Display(steps, first_step, console or Console(stderr=True))
         for note in self._lines.notes:
             self.say(note)
 
@@ -197,18 +214,19 @@ class Metrics:
         if self._display is not None:
             self._display.say(message)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
+        """failed: the run ended by an error, for trackers that tell."""
+        self._lines.close()
         if self._display is not None:
             self._display.close()
         for tracker in self._trackers:
-            tracker.close()
-        self._lines.close()
+            tracker.close(failed=failed)
 
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *exc: object) -> None:
+        self.close(failed=kind is not None)
 
 
 class Display:
@@ -258,74 +276,3 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-class _TensorBoard:
-    def __init__(self, folder: Path, name: str, first_step: int, config: dict[str, Any]) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise _missing("tensorboard") from error
-        # Events of the steps that are trained again are hidden, and with them an evaluation just before.
-        self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def restore(self, evaluations: Sequence[tuple[int, Mapping[str, float]]]) -> None:
-        for step, values in evaluations:
-            self.log(step, values)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _Tracker:
-    """wandb, and trackio, which has its interface."""
-
-    package: str
-
-    def __init__(self, folder: Path, name: str, first_step: int, config: dict[str, Any]) -> None:
-        try:
-            self._module = __import__(self.package)
-        except ImportError as error:
-            raise _missing(self.package) from error
-        self._start(folder, name, config)
-
-    def _start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
-        raise NotImplementedError
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._module.log(dict(values), step=step)
-
-    def restore(self, evaluations: Sequence[tuple[int, Mapping[str, float]]]) -> None:
-        """Nothing was hidden."""
-
-    def close(self) -> None:
-        self._module.finish()
-
-
-class _Wandb(_Tracker):
-    package = "wandb"
-
-    def _start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
-        self._module.init(
-            project="elastic-decode", name=name, id=name, dir=str(folder), config=config, resume="allow"
-        )
-
-
-class _Trackio(_Tracker):
-    package = "trackio"
-
-    def _start(self, folder: Path, name: str, config: dict[str, Any]) -> None:
-        self._module.init(project="elastic-decode", name=name, config=config, resume="allow")
-
-
-_TRACKERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
-
-
-def _missing(package: str) -> ConfigError:
-    return ConfigError(
-        f"run.log asks for {package}, which is not installed: pip install {package}, or leave it out"
-    )

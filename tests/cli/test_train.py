@@ -1,11 +1,13 @@
 """`elastic-decode train`: runs that stop and go on, the plan, mistakes with exit code 1."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from elastic_decode.cli import main
+from elastic_decode.rl import assemble
 
 TOY = str(Path(__file__).parents[2] / "recipes" / "toy.yaml")
 
@@ -59,16 +61,32 @@ def records(folder):
 def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(whole, "run.steps=4") == 0
-    assert train(parts, "run.steps=2") == 0
-    assert train(parts, "run.steps=4") == 0
+    assert train(parts, "run.steps=2", "run.log=[tensorboard]") == 0
+    with (parts / "metrics.jsonl").open("a") as file:  # killed when step 3 was done and not saved
+        file.write('{"step": 2, "reward": 7.0}\n')
+    assert train(parts, "run.steps=4", "run.log=[tensorboard]") == 0
     assert "4 steps from step 2" in capsys.readouterr().err
     assert [record["step"] for record in records(whole)] == [0, 1, 2, 3]
     assert records(parts) == records(whole)
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(parts / "tensorboard"))
+    events.Reload()
+    for name in ("reward", "think_tokens"):
+        shown = [(event.step, event.value) for event in events.Scalars(name)]
+        assert shown == [(r["step"], pytest.approx(r[name])) for r in records(whole)]
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
     assert train(whole, "run.steps=4", "optim.lr=3e-4") == 1
     assert "optim.lr: 0.0001 -> 0.0003" in capsys.readouterr().err
     assert train(whole, "run.steps=4", "--resume", "never") == 1
     assert "holds a run already" in capsys.readouterr().err
+
+
+def test_what_is_not_installed_is_said_before_anything_is_made(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(assemble, "assemble", None)
+    assert train(tmp_path / "run", "run.log=[wandb]") == 1
+    assert "run.log asks for wandb" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_adapters_are_trained_and_exported_whole(tmp_path, capsys):

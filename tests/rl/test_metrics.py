@@ -5,12 +5,12 @@ import json
 import math
 import os
 import sys
-import types
 
 import pytest
 from rich.console import Console
 
 from elastic_decode.errors import CheckpointError, ConfigError, StorageError
+from elastic_decode.rl import trackers
 from elastic_decode.rl.metrics import JsonLines, Metrics
 
 
@@ -72,7 +72,8 @@ def test_evaluations_after_the_one_of_the_checkpoint_are_dropped(tmp_path):
         lines.close()
         assert [r["step"] for r in records(copy) if "eval/a" in r] == kept
         assert [r["step"] for r in records(copy) if "reward" in r] == [0, 1]
-        assert lines.restored == [(2, {"eval/a": 1.0})] * (evaluated == 2)
+        assert lines.records[-1] == ((2, {"eval/a": 1.0}) if evaluated == 2 else (1, {"reward": 1.0}))
+        assert len(lines.records) == len(records(copy))
         (note,) = lines.notes
         assert f"dropped 2 steps from 2 on and {said}, to be made again" in note
 
@@ -156,43 +157,61 @@ def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch, package):
         metrics(tmp_path, Console(file=io.StringIO()), log=[package])
 
 
-@pytest.mark.parametrize("package", ["wandb", "trackio"])
-def test_trackers_get_every_step(tmp_path, monkeypatch, package):
-    calls = []
-    module = types.SimpleNamespace(
-        init=lambda **values: calls.append(("init", values["name"], values["config"], values["resume"])),
-        log=lambda values, step: calls.append((step, values)),
-        finish=lambda: calls.append("finish"),
+class Told:
+    """A tracker that notes what it is told."""
+
+    def __init__(self, kind, folder, **arguments):
+        self.told = [("start", kind, arguments)]
+
+    def log(self, step, values):
+        self.told.append((step, values))
+
+    def close(self, *, failed):
+        self.told.append("failed" if failed else "closed")
+
+
+def test_trackers_are_told_what_is_kept_and_every_record(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(trackers, "start", lambda *a, **k: made.append(Told(*a, **k)) or made[-1])
+    monkeypatch.setattr(trackers, "require", lambda kinds: None)
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    for step in range(4):
+        lines.write_evaluation(step, {"eval/a": step / 4})
+        lines.write(step, {"reward": math.nan if step == 1 else step})
+    lines.close()
+    with metrics(tmp_path, None, progress=False, log=["wandb"], first_step=2, evaluated=2) as run:
+        (start,) = made[0].told
+        kept = start[2].pop("history")
+        run.step(2, {"reward": 0.5})
+        run.evaluation(3, {"eval/a": 0.75}, "said")
+    assert start == ("start", "wandb", {"name": "run", "config": {}, "first_step": 2})
+    assert repr(kept) == repr(
+        [
+            (0, {"eval/a": 0.0}),
+            (0, {"reward": 0.0}),
+            (1, {"eval/a": 0.25}),
+            (1, {"reward": math.nan}),
+            (2, {"eval/a": 0.5}),
+        ]
     )
-    monkeypatch.setitem(sys.modules, package, module)
-    with metrics(tmp_path, None, progress=False, log=[package], config={"lr": 1}) as run:
-        run.step(0, {"reward": 0.5})
-    assert calls == [("init", "run", {"lr": 1}, "allow"), (0, {"reward": 0.5}), "finish"]
+    assert made[0].told[1:] == [(2, {"reward": 0.5}), (3, {"eval/a": 0.75}), "closed"]
+    with pytest.raises(ZeroDivisionError), metrics(tmp_path, None, progress=False, log=["wandb"]):
+        raise ZeroDivisionError
+    assert made[1].told[-1] == "failed"
 
 
-def test_tensorboard_hides_what_is_trained_again(tmp_path, monkeypatch):
-    calls = []
+def test_a_tracker_that_does_not_start(tmp_path, monkeypatch):
+    """The ones before it are closed, and the error is its own."""
+    made = []
 
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            calls.append((folder, purge_step))
+    def start(kind, *arguments, **options):
+        if kind == "trackio":
+            raise OSError("no server")
+        made.append(Told(kind, *arguments, **options))
+        return made[-1]
 
-        def add_scalar(self, name, value, step):
-            calls.append((name, value, step))
-
-        def close(self):
-            calls.append("close")
-
-    module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 4, "eval/a": 0.25}\n')
-    with metrics(tmp_path, None, progress=False, log=["tensorboard"], first_step=4, evaluated=4) as run:
-        run.step(4, {"reward": 0.5})
-        run.evaluation(5, {"eval/a": 0.75}, "said")
-    assert calls == [
-        (str(tmp_path / "tensorboard"), 4),
-        ("eval/a", 0.25, 4),
-        ("reward", 0.5, 4),
-        ("eval/a", 0.75, 5),
-        "close",
-    ]
+    monkeypatch.setattr(trackers, "start", start)
+    monkeypatch.setattr(trackers, "require", lambda kinds: None)
+    with pytest.raises(OSError, match="no server"):
+        metrics(tmp_path, None, progress=False, log=["wandb", "trackio"])
+    assert made[0].told[-1] == "failed"
