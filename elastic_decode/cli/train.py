@@ -81,9 +81,10 @@ def shape(name: str, revision: str | None) -> ModelConfig:
 def _rows(config: GRPOConfig) -> tuple[int | None, str]:
     """How many rows the data has, and what to say of it; nothing is downloaded."""
     from elastic_decode.rl import data
+    from elastic_decode.tasks.data import FILES
 
     options = config.data
-    if options.source == "countdown" or Path(options.source).suffix in data.FILES:
+    if options.source == "countdown" or Path(options.source).suffix in FILES:
         dataset = data.load(options, seed=config.run.seed)
         return len(dataset), f"{options.source}, split {options.split}: {len(dataset):,} rows"
     return None, f"{options.source}, split {options.split} (of the hub: not read for a plan)"

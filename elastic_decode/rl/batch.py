@@ -1,4 +1,4 @@
-"""What a trainer's step is made of, as plain data: a dataset's row, a sample of its prompt, their group."""
+"""What a trainer's step is made of, as plain data: a sample of a dataset's row, their group."""
 
 from __future__ import annotations
 
@@ -6,16 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastic_decode.core import Completion, FinishReason, Prompt, ThinkEnd
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A row of a dataset: its place there, its prompt, and its other columns."""
-
-    index: int
-    prompt: Prompt
-    columns: Mapping[str, Any]
+from elastic_decode.core import Completion, FinishReason, ThinkEnd
+from elastic_decode.tasks.data import Row as Row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from elastic_decode.core import SamplingParams
 from elastic_decode.errors import ConfigError
 from elastic_decode.rl.budget_options import check_budgets, stages
 from elastic_decode.rl.fields import positive, require
+from elastic_decode.tasks.data import DataOptions as DataOptions
 
 # What the engine gives to apply_chat_template.
 _OURS = frozenset({"conversation", "tokenize", "add_generation_prompt", "continue_final_message"})
@@ -28,37 +29,6 @@ class ModelOptions:
     revision: str | None = None
     think_open: str | None = None
     think_close: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """Where the prompts come from; see rl/data.py.
-
-    source: "countdown" (bundled), a .jsonl, .json or .parquet file, or the id of a Hugging Face dataset, of
-    which `name` is the configuration and `revision` the version. columns: the name a reward function knows ->
-    the name found in the data; the prompt is `prompt`. prefix, suffix: put around prompts that are strings.
-    chat: these become a user's message for the chat template, behind `system` if there is one. duplicates:
-    what to do with rows that are equal in everything. limit: only the first so many rows. shuffle: another
-    order each epoch, by run.seed.
-    """
-
-    source: str
-    split: str = "train"
-    name: str | None = None
-    revision: str | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
-    prefix: str = ""
-    suffix: str = ""
-    chat: bool = False
-    system: str | None = None
-    duplicates: Literal["error", "keep", "drop"] = "error"
-    limit: int | None = None
-    shuffle: bool = True
-
-    def __post_init__(self) -> None:
-        require(bool(self.source), "data.source", "a name", self.source)
-        require(self.limit is None or self.limit >= 1, "data.limit", ">= 1 or null", self.limit)
-        require(self.system is None or self.chat, "data.system", "null unless data.chat is true", self.system)
 
 
 @dataclass(frozen=True, kw_only=True)
