@@ -1,6 +1,6 @@
 """kill -9 at every stage of a training run, many times, and what must be true after it: `make chaos`.
 
-    python tests/chaos/run.py [--kills 20] [--seed 0] [--only save,rename] [--keep FOLDER]
+    python tests/chaos/run.py [--kills 20] [--seed 0] [--only save,rename] [--keep FOLDER] [--set KEY=VALUE]
 
 The bundled model trains for a few steps through the command line. Runs are killed: in the decode loop, while
 a reward worker scores (the run, the worker, or the process that workers come from), in the backward pass, in
@@ -14,6 +14,9 @@ After each kill:
 The same command is given again until the run is done, and then all is as in a run that nobody killed: each
 step's metrics, once, and the weights and the optimizer's state of the last checkpoint, bit for bit. Of a kill
 that was to hit a stage and came after it, the stage's count knows nothing.
+
+And (where it may mount one) runs on a file system with too little room: each ends with a message and exit
+status 1, with whole what was whole, and goes on once there is room.
 
 Exit status 0 where all of this held.
 """
@@ -38,6 +41,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path.insert(0, str(Path(__file__).parent))
 
 import lives
+from full_disk import fill
 from lives import Life, Wrong
 from spy import Aim
 
@@ -55,12 +59,14 @@ STAGES: dict[str, tuple[str, str | None, str]] = {
     "save: rename": ("save", "rename", "run"),
     "save: prune": ("save", "unlink", "run"),
     "save: prune's end": ("save", "rmdir", "run"),
+    "evaluation": ("evaluate", None, "run"),
     "metrics": ("metrics", "write", "run"),
     "resume": ("resume", None, "run"),
     "reopen": ("reopen", "any", "run"),
     "config": ("config", "any", "run"),
     "any time": ("", None, "run"),
 }
+FULL_DISK = "full disk"
 LIVES_MOST = 8  # kills in one folder, before its run may end
 
 
@@ -68,6 +74,7 @@ LIVES_MOST = 8  # kills in one folder, before its run may end
 class Tally:
     hit: Counter[str] = field(default_factory=Counter)
     late: Counter[str] = field(default_factory=Counter)  # killed behind the stage, or it never came
+    refused: Counter[str] = field(default_factory=Counter)  # by a full disk, by what was to be written
     runs: int = 0
     resumed_from_older: int = 0
     slowest_to_go: float = 0.0  # seconds until the last process of a killed run was gone
@@ -109,12 +116,21 @@ class Chaos:
         }
         self._calls["reopen", "any"] = 3  # of a file from which lines are dropped: made, flushed, renamed
         self._whole_run = counted.seconds
+        if FULL_DISK in self._stages:
+            self._stages.remove(FULL_DISK)
+            self._fill_disk()
         while wanted := [s for s in self._stages if self.tally.hit[s] < self._kills]:
             self._one_run(wanted)
             tries = self.tally.hit + self.tally.late
             never = [s for s in wanted if not self.tally.hit[s] and tries[s] > 20 + 5 * self._kills]
             if never:
                 raise Wrong(f"no kill has hit {', '.join(never)} in {max(tries.values())} tries")
+
+    def _fill_disk(self) -> None:
+        try:
+            self.tally.refused = fill(self._folder, self._end, self._kills, self._random)
+        except PermissionError as error:
+            print(f"full disk: not tried, nothing can be mounted here: {error}", file=sys.stderr)
 
     def _one_run(self, wanted: list[str]) -> None:
         self.tally.runs += 1
@@ -170,13 +186,16 @@ def main() -> int:
     )
     parser.add_argument("--kills", type=int, default=20, help="of each stage (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of stages, places and delays")
-    parser.add_argument("--only", default=",".join(STAGES), help=f"some of: {', '.join(STAGES)}")
+    every = (*STAGES, FULL_DISK)
+    parser.add_argument("--only", default=",".join(every), help=f"some of: {', '.join(every)}")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="in every run")
     parser.add_argument("--keep", type=Path, help="a folder for the runs, kept where something is wrong")
     arguments = parser.parse_args()
     stages = [stage.strip() for stage in arguments.only.split(",")]
-    unknown = [stage for stage in stages if stage not in STAGES]
+    unknown = [stage for stage in stages if stage not in every]
     if unknown:
-        parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
+        parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(every)}")
+    Life.overrides = tuple(arguments.set)
     started = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="chaos-", dir=arguments.keep))
     chaos = Chaos(folder, arguments.kills, arguments.seed, stages)
@@ -193,6 +212,9 @@ def main() -> int:
 
 
 def report(tally: Tally, stages: list[str], seconds: float) -> None:
+    if tally.refused:
+        said = ", ".join(f"{name} {count}" for name, count in tally.refused.most_common())
+        print(f"a full disk has refused {said}; all of these runs went on with room again")
     print(f"{'stage':18}{'killed':>8}{'came late':>12}")
     for stage in stages:
         print(f"{stage:18}{tally.hit[stage]:8}{tally.late[stage]:12}")

@@ -21,6 +21,7 @@ import torch
 
 from elastic_decode.engine.runner import Runner
 from elastic_decode.rl import checkpoint, whole_files
+from elastic_decode.rl.evaluation import Evaluator
 from elastic_decode.rl.metrics import JsonLines
 from elastic_decode.rl.optim import MasterAdamW
 from elastic_decode.rl.rewards import Rewards
@@ -34,7 +35,8 @@ POINTS: dict[str, tuple[Any, str]] = {
     "optimizer": (MasterAdamW, "step"),
     "save": (checkpoint, "save"),
     "resume": (GRPOTrainer, "resume"),
-    "metrics": (JsonLines, "write"),
+    "evaluate": (Evaluator, "__call__"),
+    "metrics": (JsonLines, "_append"),
     "reopen": (JsonLines, "__init__"),
     "config": (whole_files, "write"),
 }
