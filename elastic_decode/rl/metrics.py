@@ -56,10 +56,8 @@ class JsonLines:
         kept = self._kept(old, first_step, evaluated)
         if kept != old:
             whole_files.write(path, kept)
-        try:
+        with whole_files.named(path):
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        except OSError as error:
-            raise whole_files.refused(path, error) from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Raises ValueError for a step that is there already, and StorageError, with no part of the line left

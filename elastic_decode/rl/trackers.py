@@ -68,20 +68,23 @@ class TensorBoard:
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        place = folder / "tensorboard"
-        known = any(place.glob("events.*"))
-        self._writer: Any = SummaryWriter(str(place), purge_step=first_step)
+        self._folder = folder / "tensorboard"
+        known = any(self._folder.glob("events.*"))
+        with whole_files.named(self._folder):
+            self._writer: Any = SummaryWriter(str(self._folder), purge_step=first_step)
         for step, values in history:
             if step >= first_step or not known:
                 self.log(step, values)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # else a kill takes up to two minutes of steps
+        with whole_files.named(self._folder):
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()  # else a kill takes up to two minutes of steps
 
     def close(self, *, failed: bool) -> None:
-        self._writer.close()
+        with whole_files.named(self._folder):
+            self._writer.close()
 
 
 class Wandb:

@@ -5,7 +5,8 @@ full.
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from elastic_decode.errors import StorageError
@@ -25,6 +26,17 @@ def write(path: Path, data: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             beside.unlink()
+        raise refused(path, error) from error
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """What the system refuses within is raised as StorageError, which names `path`."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
         raise refused(path, error) from error
 
 

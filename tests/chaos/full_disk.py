@@ -16,6 +16,7 @@ CHECKPOINT = 5_700_000
 REFUSED = (  # what a refused run was about to write, as its message names it
     ("config.yaml", "config.yaml could not be written"),
     ("metrics.jsonl", "metrics.jsonl could not be written"),
+    ("tensorboard", "tensorboard could not be written"),
     ("checkpoint", " could not be written"),
 )
 
@@ -44,11 +45,13 @@ def fill(folder: Path, end: dict[str, Any], refusals: int, chance: random.Random
 def _one_run(life: Life, end: dict[str, Any], chance: random.Random) -> Counter[str]:
     ballast = life.run / "ballast"
     told: Counter[str] = Counter()
-    for _ in range(12):
+    for attempt in range(12):
         # Room for nothing, for one page of a file, for some, or for up to two checkpoints.
         room = chance.choice(
             [0, chance.randint(0, 3) * 4096, chance.randint(0, 100_000), chance.randint(0, 2 * CHECKPOINT)]
         )
+        if attempt == 0:
+            room = 4096  # config.yaml takes it, and metrics.jsonl gets nothing
         ballast.unlink(missing_ok=True)
         free = os.statvfs(life.run)
         with ballast.open("wb") as file:
