@@ -21,7 +21,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --no-input
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test chaos lint format compile-check bench reproduce reproduce-all bundled-model clean gpu-build gpu-check gpu-bench gpu-sanitize
+.PHONY: help demo test chaos lint format compile-check bench bench-rollout bench-grpo \
+	reproduce reproduce-all bundled-model clean gpu-build gpu-check gpu-bench gpu-sanitize
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +33,8 @@ help:
 	@echo "make format         ruff format and fixes, clang-format"
 	@echo "make compile-check  GPU kernels, compiled without a GPU"
 	@echo "make bench          decode tokens/s beside Hugging Face generate"
+	@echo "make bench-rollout  rollouts under budgets beside two calls of Hugging Face generate"
+	@echo "make bench-grpo     steps of GRPO beside TRL's trainer, in an environment of its own"
 	@echo "make gpu-check      build for the GPU and run all its tests, none skipped"
 	@echo "make gpu-bench      measure on the GPU (WHAT=ops|decode|peers; default: all)"
 	@echo "make gpu-sanitize   the CUDA kernels under compute-sanitizer"
@@ -70,6 +73,15 @@ compile-check: $(VENV)/.built $(VENV)/.test
 
 bench: $(VENV)/.built $(VENV)/.test
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/bench_decode.py $(ARGS)
+
+bench-rollout: $(VENV)/.built
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/bench_rollout.py $(ARGS)
+
+# All arms run in one environment, and TRL asks for versions of its own: not in that of the tests.
+TRL_VENV ?= .venv-trl
+bench-grpo:
+	$(MAKE) VENV=$(TRL_VENV) $(TRL_VENV)/.built $(TRL_VENV)/.trl
+	PYTHONPATH=benchmarks $(TRL_VENV)/bin/python benchmarks/bench_grpo.py $(ARGS)
 
 bundled-model: $(VENV)/.built
 	$(BIN)/python recipes/bundled_model/train.py --out elastic_decode/assets/tiny $(ARGS)
@@ -163,6 +175,10 @@ $(VENV)/.built: pyproject.toml setup.py $(CXX_FILES) | $(VENV)/.torch
 
 $(VENV)/.test: pyproject.toml | $(VENV)/.built
 	$(PIP) install "elastic-decode[test]"
+	@touch $@
+
+$(VENV)/.trl: | $(VENV)/.built
+	$(PIP) install "trl==1.16.0" "transformers==5.23.0" "pyyaml>=6"
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.built

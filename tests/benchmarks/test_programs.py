@@ -89,6 +89,63 @@ def test_decode_beside_generate(tmp_path, monkeypatch):
     assert 0 < row["budget_us"] < row["step_us"]
 
 
+def test_rollouts_beside_generate(tmp_path, monkeypatch):
+    import bench_rollout
+
+    monkeypatch.setenv("OUT", str(tmp_path))
+    bench_rollout.main(["--budgets", "4/3", "--rows", "16", "--rounds", "2"])
+    (row,) = rows_in(tmp_path)
+    assert row["ratio"] > 0
+    for side in ("engine", "hf"):
+        assert 4 <= row[f"{side}_tokens"] <= 4 + 1 + 3
+        assert row[f"{side}_ms"] > 0
+    assert abs(row["tokens_apart"]) < 6
+
+
+def test_budgets_by_two_calls(monkeypatch):
+    """The rules of Budget(3, 2): a close that was sampled, one that was put there, an EOS that became one."""
+    from peers import hf_budgets
+
+    ids = hf_budgets.Ids(close=9, eos=2, pad=0)
+    thoughts = [[5, 9], [5, 6, 7], [5, 2], [2]]
+    calls = []
+
+    def scripted(model, rows, new, ends, pad, temperature):
+        calls.append((rows, new, ends))
+        return thoughts if len(calls) == 1 else [[8, 2]] * len(rows)
+
+    monkeypatch.setattr(hf_budgets, "_call", scripted)
+    outputs = hf_budgets.generate(None, [[1]] * 4, think=3, solve=2, ids=ids)
+    assert outputs == [
+        ([5, 9, 8, 2], None),
+        ([5, 6, 7, 9, 8, 2], 3),
+        ([5, 9, 8, 2], 1),
+        ([9, 8, 2], 0),
+    ]
+    assert calls[0][1:] == (3, [9, 2])
+    assert calls[1] == ([[1, 5, 9], [1, 5, 6, 7, 9], [1, 5, 9], [1, 9]], 2, [2])
+
+
+def test_grpo(tmp_path, monkeypatch, capsys):
+    import bench_grpo
+
+    monkeypatch.setenv("OUT", str(tmp_path))
+    sizes = ("rollout.prompts_per_step=2", "rollout.group_size=4", "grading.workers=0")
+    arms = ("--arms", "ours", "trl_budgets")
+    length = ("--steps", "11", "--seeds", "3", "--threads", "1")
+    assert bench_grpo.main([*arms, *length, "--set", *sizes]) == 0
+    ours, *theirs = rows_in(tmp_path)
+    output = capsys.readouterr().out
+    assert ("trl_budgets: not here" in output) == (theirs == [])
+    assert (ours["arm"], ours["steps"], ours["times_ours"], len(ours["rewards"])) == ("ours", 11, 1, 2)
+    for row in (ours, *theirs):
+        assert all(0 <= reward <= 1 for reward in row["rewards"])
+        assert row["seconds_ms"] == pytest.approx(row["rollout_ms"] + row["update_ms"], rel=0.3)
+        assert row["seconds_ms"] > row["rewards_ms"] >= 0
+        assert row["cpu_ms"] > row["rollout_cpu_ms"] > 0
+    assert "| ours | 0." in output
+
+
 def test_the_window_counts_every_token_behind_its_begin():
     """All rows end by their budgets, so the whole output is known: what is left out is before the window."""
     import decode_window
