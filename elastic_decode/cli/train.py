@@ -149,6 +149,7 @@ def _plan(config: GRPOConfig) -> int:
 def _train(config: GRPOConfig, resume: str) -> int:
     from elastic_decode.rl import trackers, whole_files
     from elastic_decode.rl.assemble import assemble
+    from elastic_decode.rl.checkpoint import path_of
     from elastic_decode.rl.metrics import Metrics
 
     trackers.require(config.run.log)  # before the model is loaded
@@ -186,13 +187,19 @@ def _train(config: GRPOConfig, resume: str) -> int:
         ) as metrics:
             written.append(metrics)
             where = f"from step {trainer.step}" if trainer.step else "from the start"
-            if trainer.step >= run.steps:
-                where = "are done; a larger run.steps goes on"
-            metrics.say(f"{run.name}: {run.steps} steps {where}, in {run.path}")
+            done = trainer.step >= run.steps
+            metrics.say(
+                f"{run.name}: all {run.steps} steps are done, in {run.path}; a larger run.steps goes on"
+                if done
+                else f"{run.name}: {run.steps} steps {where}, in {run.path}"
+            )
             if trainer.evaluation is not None:
                 trainer.evaluation = _announced(trainer.evaluation, metrics)
             trainer.train()
-            metrics.say(f"{run.name}: the model of step {trainer.step} is in {run.path / 'checkpoints'}")
+            if not done:
+                metrics.say(
+                    f"{run.name}: done; the model is in {path_of(run.path / 'checkpoints', trainer.step)}"
+                )
     return 0
 
 

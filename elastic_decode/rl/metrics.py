@@ -260,7 +260,7 @@ class Display:
 
     def busy(self, doing: str) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, said="  ".join(filter(None, (self._said, doing))))
+            self._bar.update(self._task, said="  ".join(filter(None, (doing, self._said))))
 
     def say(self, message: str) -> None:
         self._console.print(message, markup=False, highlight=False, soft_wrap=True)
