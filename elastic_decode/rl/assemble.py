@@ -114,7 +114,7 @@ def assemble(
             on_evaluation=on_evaluation,
             parallel=ranks,
         )
-        trainer.evaluation = _evaluation(config, engine, rewards, held_out)
+        trainer.evaluation = _evaluation(config, engine, rewards, held_out, world)
         yield Parts(trainer, engine, model, dataset)
 
 
@@ -176,7 +176,7 @@ def _reference(model: Any, adapters: lora.Adapters | None) -> Any:
 
 
 def _evaluation(
-    config: GRPOConfig, engine: Engine, rewards: Rewards, rows: Sequence[Row]
+    config: GRPOConfig, engine: Engine, rewards: Rewards, rows: Sequence[Row], world: World
 ) -> Evaluation | None:
     wanted = config.evaluation
     if wanted is None:
@@ -191,6 +191,7 @@ def _evaluation(
         sampling=wanted.sampling,
         counted=wanted.rewards,
         chat_template_kwargs=config.rollout.chat_template_kwargs,
+        world=world,
     )
     return Evaluation(run=run, every=config.run.eval_every, at_start=wanted.at_start, at_end=wanted.at_end)
 

@@ -99,7 +99,8 @@ class EvaluationResult:
         errors = [e for score in self.budgets if math.isfinite(e := score.standard_error)]
         spread = f", ±{max(errors):.3f}" if errors else ""
         return (
-            f"evaluation after {self.step} steps{f', {common[1:]}' if shared else ''}  {'  '.join(said)}  "
+            f"evaluation after {self.step} step{'s' * (self.step != 1)}"
+            f"{f', {common[1:]}' if shared else ''}  {'  '.join(said)}  "
             f"({len(self.rows)} prompts{spread}, {self.seconds:.1f} s)"
         )
 
@@ -276,11 +277,12 @@ class Evaluator:
         fitting = [row for row in rows if self._fits(alone, [row])]
         if not fitting:
             self._start(alone, rows, 1)  # raises
-        _log.warning(
-            "evaluation: %d of %d prompts are left out, they leave no room for its budgets",
-            len(rows) - len(fitting),
-            len(rows),
-        )
+        if self._world.main:
+            _log.warning(
+                "evaluation: %d of %d prompts are left out, they leave no room for its budgets",
+                len(rows) - len(fitting),
+                len(rows),
+            )
         return fitting
 
     # ---- scores ----

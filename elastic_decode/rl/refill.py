@@ -65,14 +65,14 @@ class DynamicSampling:
     """`Gather` as above, in at most `rounds` rounds; make one a run.
 
     too_long_skips: in a later round, rows of which none fits are no error (in the first they are: the budgets
-    are wrong then, not the prompts).
+    are wrong then, not the prompts). warns: of several processes that do the same, one does.
     """
 
-    def __init__(self, rounds: int, *, too_long_skips: bool) -> None:
+    def __init__(self, rounds: int, *, too_long_skips: bool, warns: bool = True) -> None:
         if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
             raise ConfigError(f"dynamic sampling needs rounds >= 1, got {rounds!r}")
         self._rounds, self._too_long_skips = rounds, too_long_skips
-        self._warned = False
+        self._warns, self._warned = warns, False
 
     def __call__(self, next_rows: NextRows, roll: Roll, *, position: int, wanted: int) -> Gathered:
         groups: list[Group] = []
@@ -89,7 +89,7 @@ class DynamicSampling:
         for group in groups:
             kept.append(left > 0 and has_spread(group))
             left -= kept[-1]
-        if left and not self._warned:
+        if left and self._warns and not self._warned:
             self._warned = True
             _log.warning(
                 "dynamic sampling: %d of %d groups decoded in %d rounds have samples with different rewards, "
@@ -119,7 +119,8 @@ class DynamicSampling:
         except (BudgetError, CapacityError) as error:
             if first or not self._too_long_skips:
                 raise
-            _log.warning("dynamic sampling: none of %d further prompts fits: %s", len(rows), error)
+            if self._warns:
+                _log.warning("dynamic sampling: none of %d further prompts fits: %s", len(rows), error)
             return []
 
 

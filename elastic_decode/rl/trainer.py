@@ -134,7 +134,9 @@ class GRPOTrainer:
         self._gather: Gather = one_batch
         if options.sampling_rounds is not None:
             skips = options.too_long == "skip"
-            self._gather = DynamicSampling(options.sampling_rounds, too_long_skips=skips)
+            self._gather = DynamicSampling(
+                options.sampling_rounds, too_long_skips=skips, warns=self.world.main
+            )
         if engine.weight_shapes:
             self._sync()
 
