@@ -156,8 +156,14 @@ def load_model(
     if world is None or world.size == 1 or config.distributed.sharding == "ddp":
         model = model.to(device or config.engine.device)  # FSDP takes it there part by part
     if config.optim.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     return model
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Keep only the layers' inputs for the backward pass (its name in transformers changed within 5)."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _adapters(model: Any, config: GRPOConfig) -> lora.Adapters | None:

@@ -13,6 +13,7 @@ log-probabilities differ by more than float32 noise, which the mismatch metrics 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,10 @@ def attach(model: Any, options: LoraOptions, *, run_seed: int, base_name: str) -
     chosen = adapted(options, list(linears), head=head, tied=tied)
     # For all of them their last names are enough, and easier to read in adapter_config.json.
     ends = sorted({name.rpartition(".")[2] for name in chosen}) if options.targets == ALL else chosen
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.default_generator.manual_seed(seeds.derive("lora", run_seed))
+        # peft 0.21 asks transformers 5.23 by the old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         wrapped = peft.get_peft_model(
             model,
             peft.LoraConfig(

@@ -13,7 +13,7 @@ from elastic_decode import Budget, Engine, EngineConfig, SamplingParams
 from elastic_decode.assets import tiny_model_path
 from elastic_decode.errors import CheckpointError, ConfigError, UnsupportedModel
 from elastic_decode.rl import lora
-from elastic_decode.rl.assemble import assemble
+from elastic_decode.rl.assemble import assemble, enable_checkpointing
 from elastic_decode.rl.batch import Row
 from elastic_decode.rl.budgets import Fixed
 from elastic_decode.rl.config import LoraOptions, load_config
@@ -49,7 +49,7 @@ class Run:
     def __init__(self, folder=None, dtype=torch.float32, kl=0.0, checkpointing=False, steps=3, **options):
         base = AutoModelForCausalLM.from_pretrained(tiny_model_path(), dtype=dtype)
         if checkpointing:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable_checkpointing(base)
         wanted = LoraOptions(**{"r": 4, "alpha": 8.0, **options})
         self.adapters = lora.attach(base, wanted, run_seed=1, base_name=str(tiny_model_path()))
         self.engine = Engine.from_model(
@@ -290,6 +290,8 @@ def test_a_configuration_is_enough(tmp_path, dtype):
         "rollout.prompts_per_step=4",
         "rollout.group_size=4",
         "grading.workers=0",
+        "run.eval_every=0",
+        "evaluation=null",
         "engine.max_batch=16",
         "engine.dtype=auto",
         f"optim.dtype={dtype}",
