@@ -1,0 +1,79 @@
+"""A task: where its problems are, how they are asked, how an answer is graded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from elastic_decode.errors import ConfigError
+from elastic_decode.tasks import countdown
+from elastic_decode.tasks.data import DataOptions, Row, load_rows
+
+# A reward function in TRL's signature, with a list a column: scores, None where grading itself failed.
+Grade = Callable[..., Sequence[float | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """data: where its own problems are; None where it brings none. columns: those that the grader reads.
+    grader: makes what grades, for as long as it is needed. chat, suffix, column_of: how problems of another
+    source are asked, and what its columns are called.
+    """
+
+    name: str
+    data: DataOptions | None
+    columns: tuple[str, ...]
+    grader: Callable[[], AbstractContextManager[Grade]]
+    chat: bool = True
+    suffix: str = ""
+    column_of: Mapping[str, str] = field(default_factory=dict)
+
+    def rows(
+        self,
+        source: str | None = None,
+        *,
+        columns: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> list[Row]:
+        """The problems: of `source` (see DataOptions), or the task's own. columns: over the task's mapping.
+        options: further fields of DataOptions. Raises ConfigError, naming those found, where a column is
+        missing.
+        """
+        if source is None and self.data is None:
+            raise ConfigError(f"task {self.name} brings no data; give a file or the id of a data set")
+        if source is None:
+            base = self.data
+        else:
+            base = DataOptions(source=source, chat=self.chat, suffix=self.suffix, columns=self.column_of)
+        assert base is not None
+        mapping = {**base.columns, **(columns or {})}
+        rows = load_rows(replace(base, columns=mapping, **options))
+        missing = [name for name in self.columns if name not in rows[0].columns]
+        if missing:
+            found = ", ".join(rows[0].columns) or "none"
+            raise ConfigError(
+                f"task {self.name} grades by the column {missing[0]!r}, which the data has not; there are: "
+                f"{found}"
+            )
+        return rows
+
+
+def _countdown() -> Task:
+    return Task(
+        name="countdown",
+        data=DataOptions(source="countdown", split="test"),
+        columns=("x", "y", "z", "target"),
+        grader=lambda: nullcontext(countdown.reward),
+    )
+
+
+TASKS: dict[str, Callable[[], Task]] = {"countdown": _countdown}
+
+
+def task(name: str) -> Task:
+    """The task `name`. Raises ConfigError for another."""
+    if name not in TASKS:
+        raise ConfigError(f"no task {name!r}; there are {', '.join(TASKS)}")
+    return TASKS[name]()
