@@ -19,8 +19,9 @@ from elastic_decode.models import hub
 if TYPE_CHECKING:
     from elastic_decode.rl.config import GRPOConfig
     from elastic_decode.rl.estimate import Estimate
-    from elastic_decode.rl.evaluation import Evaluation, EvaluationResult
+    from elastic_decode.rl.evaluation import Evaluation
     from elastic_decode.rl.metrics import Metrics
+    from elastic_decode.rl.scores import EvaluationResult
 
 _CONFIG = "config.yaml"  # in the run's folder
 _EPILOG = """examples:
@@ -100,7 +101,7 @@ def _evaluation(config: GRPOConfig) -> str:
     budgets = ", ".join(budget.label for budget in wanted.budgets)
     return (
         f"{', '.join(when) or 'never'}: {rows} of {wanted.data.source}, split {wanted.data.split}, x "
-        f"{wanted.n} under {budgets}"
+        f"{wanted.n} sample{'s' * (wanted.n > 1)}, under {budgets}"
     )
 
 
@@ -153,7 +154,7 @@ def _train(config: GRPOConfig, resume: str) -> int:
     from elastic_decode.rl.metrics import Metrics
 
     trackers.require(config.run.log)  # before the model is loaded
-    _check_folder(config, resume)
+    remark = _check_folder(config, resume)
     written: list[Metrics] = []  # made once it is known at which step the run goes on
 
     def on_step(step: int, values: dict[str, float], groups: Any) -> None:
@@ -186,13 +187,13 @@ def _train(config: GRPOConfig, resume: str) -> int:
             progress=run.progress,
         ) as metrics:
             written.append(metrics)
-            where = f"from step {trainer.step}" if trainer.step else "from the start"
             done = trainer.step >= run.steps
-            metrics.say(
-                f"{run.name}: all {run.steps} steps are done, in {run.path}; a larger run.steps goes on"
-                if done
-                else f"{run.name}: {run.steps} steps {where}, in {run.path}"
-            )
+            where = f"from step {trainer.step}" if trainer.step else "from the start"
+            said = f"{run.steps} of {run.steps} steps are done" if done else f"{run.steps} steps {where}"
+            more = "; a larger run.steps goes on" if done else ""
+            metrics.say(f"{run.name}: {said}, in {run.path}{more}")
+            if remark is not None:
+                metrics.say(remark)
             if trainer.evaluation is not None:
                 trainer.evaluation = _announced(trainer.evaluation, metrics)
             trainer.train()
@@ -219,8 +220,10 @@ def _quieten(*, after_loading: bool) -> None:
         logging.disable_progress_bar()
 
 
-def _check_folder(config: GRPOConfig, resume: str) -> None:
-    """Raises ConfigError where the folder holds a run that this one must not touch, and says why."""
+def _check_folder(config: GRPOConfig, resume: str) -> str | None:
+    """What there is to say of the run in the folder. Raises ConfigError where this one must not touch it, and
+    says why.
+    """
     from elastic_decode.rl.config import changes, load_config
     from elastic_decode.rl.metrics import FILE
 
@@ -228,12 +231,17 @@ def _check_folder(config: GRPOConfig, resume: str) -> None:
     if resume == "never" and any((folder / name).exists() for name in (_CONFIG, FILE, "checkpoints")):
         raise ConfigError(f"{folder} holds a run already; give another run.folder, or --resume auto")
     if resume != "never" and (folder / _CONFIG).exists() and (folder / "checkpoints").exists():
-        differences = changes(load_config(folder / _CONFIG), config)
+        old = load_config(folder / _CONFIG)
+        differences = changes(old, config)
         if differences:
             raise ConfigError(
                 f"the run in {folder} cannot go on under another configuration; give another run.folder, or "
                 "undo:\n  " + "\n  ".join(differences)
             )
+        was, now = old.evaluation, config.evaluation
+        if was and now and replace(was, at_start=now.at_start, at_end=now.at_end) != now:
+            return f"{config.run.name}: evaluation has changed: figures under eval/ so far are of the old one"
+    return None
 
 
 _FORWARD = {
@@ -245,6 +253,8 @@ _FORWARD = {
 def show(console: Console, config: GRPOConfig, plan: Estimate, data: str, rewards: str) -> None:
     rollout, optim = config.rollout, config.optim
     most = "" if plan.tokens_a_step is None else f", at most {plan.tokens_a_step:,} sampled tokens"
+    if config.objective.dynamic_sampling:
+        most += f"; dynamic sampling: up to {config.objective.max_sampling_rounds} times as many"
     if plan.microbatches is None:
         packing = (
             f"samples may have {plan.longest_sample:,} tokens, more than fit a micro-batch of "

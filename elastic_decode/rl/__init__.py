@@ -9,16 +9,17 @@ if TYPE_CHECKING:
     from elastic_decode.rl.advantage import ESTIMATORS, Advantages, advantages
     from elastic_decode.rl.batch import Group, Sample
     from elastic_decode.rl.config import GRPOConfig, load_config
-    from elastic_decode.rl.evaluation import Evaluation, EvaluationResult, Evaluator, evaluate
+    from elastic_decode.rl.evaluation import Evaluation, Evaluator, evaluate
     from elastic_decode.rl.length_rewards import L1Exact, L1Max, Long2Short, SoftOverlong, with_l1_suffix
     from elastic_decode.rl.loss import OBJECTIVES, Objective, objective
+    from elastic_decode.rl.scores import EvaluationResult
     from elastic_decode.rl.trainer import GRPOTrainer, TrainerOptions
 
 _HOMES = {
     "Advantages": "advantage",
     "ESTIMATORS": "advantage",
     "Evaluation": "evaluation",
-    "EvaluationResult": "evaluation",
+    "EvaluationResult": "scores",
     "Evaluator": "evaluation",
     "GRPOConfig": "config",
     "GRPOTrainer": "trainer",

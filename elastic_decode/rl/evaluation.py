@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from elastic_decode.budgets import truncate
 from elastic_decode.core import Budget, Completion, Generation, SamplingParams
-from elastic_decode.errors import BudgetError, CapacityError, ConfigError
+from elastic_decode.errors import BudgetError, CapacityError, ConfigError, RewardError
 from elastic_decode.llm import AnyBudget, Engine
 from elastic_decode.rl import data
 from elastic_decode.rl.batch import Row, Sample
@@ -29,80 +29,10 @@ from elastic_decode.rl.distributed import World
 from elastic_decode.rl.options import EvaluationBudget, EvaluationOptions
 from elastic_decode.rl.rewards import Pending, Rewards
 from elastic_decode.rl.rollout import shown
+from elastic_decode.rl.scores import EvaluationResult, Outcome, score_of
 from elastic_decode.rl.seeds import derive
 
 _log = logging.getLogger(__name__)
-PREFIX = "eval/"  # of every metric's name
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BudgetScore:
-    """What came of one budget. scores: [row][sample], None where unscorable.
-
-    accuracy: the mean of the scores. standard_error: of the accuracy, samples of one row taken together (see
-    `clustered`). think_tokens, solve_tokens: sampled ones, means. forced, natural: shares of thoughts that
-    ended so. cut: share of samples that ended by a budget. unscorable: share without a score.
-    """
-
-    budget: EvaluationBudget
-    scores: tuple[tuple[float | None, ...], ...]
-    accuracy: float
-    standard_error: float
-    think_tokens: float
-    solve_tokens: float
-    forced: float
-    natural: float
-    cut: float
-    unscorable: float
-
-
-_FIGURES = tuple(name for name in BudgetScore.__dataclass_fields__ if name not in ("budget", "scores"))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationResult:
-    """step: updates before it. rows: dataset rows, in the order of each budget's scores. skipped: rows that
-    leave no room for some budget, evaluated under none.
-    """
-
-    step: int
-    budgets: tuple[BudgetScore, ...]
-    rows: tuple[int, ...]
-    skipped: int
-    seconds: float
-
-    def metrics(self) -> dict[str, float]:
-        """As flat numbers: `eval/t15_s3/accuracy` …"""
-        named = {
-            f"{PREFIX}{score.budget.label}/{name}": float(getattr(score, name))
-            for score in self.budgets
-            for name in _FIGURES
-        }
-        return {
-            **named,
-            f"{PREFIX}problems": len(self.rows),
-            f"{PREFIX}skipped": self.skipped,
-            f"{PREFIX}seconds": self.seconds,
-        }
-
-    def __str__(self) -> str:
-        """One line for a terminal; a solution budget that all have is said once."""
-        labels = [score.budget.label for score in self.budgets]
-        common = labels[0][labels[0].rfind("_") :] if "_" in labels[0] else ""
-        shared = bool(common) and len(labels) > 1 and all(label.endswith(common) for label in labels)
-        short = [label.removesuffix(common) if shared else label for label in labels]
-        said = [
-            f"{label} {score.accuracy:.3f}"
-            + (f" ({score.think_tokens:.1f} tokens)" if score.budget.think is None else "")
-            for label, score in zip(short, self.budgets, strict=True)
-        ]
-        errors = [e for score in self.budgets if math.isfinite(e := score.standard_error)]
-        spread = f", ±{max(errors):.3f}" if errors else ""
-        return (
-            f"evaluation after {self.step} step{'s' * (self.step != 1)}"
-            f"{f', {common[1:]}' if shared else ''}  {'  '.join(said)}  "
-            f"({len(self.rows)} prompts{spread}, {self.seconds:.1f} s)"
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,14 +91,14 @@ class Evaluator:
     def __call__(self, step: int) -> EvaluationResult:
         """Decode and score everything. Raises RewardError as the reward functions decide."""
         started = time.perf_counter()
-        own: dict[tuple[int, int], list[_Outcome]] = {}
+        own: dict[tuple[int, int], list[Outcome]] = {}
         with self._world.together(f"the evaluation of step {step}"):
             own = self._outcomes(step)
         found = {key: outcomes for part in self._world.gather(own) for key, outcomes in part.items()}
         return EvaluationResult(
             step=step,
             budgets=tuple(
-                _score(budget, [found[place, row.index] for row in self._all])
+                score_of(budget, [found[place, row.index] for row in self._all])
                 for place, budget in enumerate(self._budgets)
             ),
             rows=tuple(row.index for row in self._all),
@@ -176,10 +106,10 @@ class Evaluator:
             seconds=time.perf_counter() - started,
         )
 
-    def _outcomes(self, step: int) -> dict[tuple[int, int], list[_Outcome]]:
+    def _outcomes(self, step: int) -> dict[tuple[int, int], list[Outcome]]:
         """By (place of the budget, dataset row), of this process's rows."""
         waiting: dict[tuple[int, int], Pending] = {}
-        found: dict[tuple[int, int], list[_Outcome]] = {}
+        found: dict[tuple[int, int], list[Outcome]] = {}
 
         def take(*, wait: bool) -> None:
             for key in [key for key, pending in waiting.items() if wait or pending.done]:
@@ -194,6 +124,8 @@ class Evaluator:
                 )
                 take(wait=False)
             take(wait=True)
+        except RewardError as error:
+            raise RewardError(f"in the evaluation: {error}") from error
         finally:
             for pending in waiting.values():
                 pending.cancel()
@@ -287,13 +219,13 @@ class Evaluator:
 
     # ---- scores ----
 
-    def _outcome(self, sample: Sample) -> _Outcome:
+    def _outcome(self, sample: Sample) -> Outcome:
         score = sample.reward
         if self._counted:
             own = [sample.rewards[name] for name in self._counted]
             known = [value for value in own if value is not None]
             score = math.fsum(known) if len(known) == len(own) else None
-        return _Outcome(
+        return Outcome(
             score=score,
             think_tokens=sample.think_tokens,
             solve_tokens=sample.solve_tokens,
@@ -325,25 +257,6 @@ def rows_of(options: EvaluationOptions) -> list[Row]:
     return sorted(chosen, key=lambda row: row.index)
 
 
-def clustered(scores: Sequence[Sequence[float | None]]) -> tuple[float, float]:
-    """The mean of all scores, and its standard error where the scores of one row depend on each other.
-
-    scores: [row][sample]; None is left out. The cluster-robust error of a mean over N samples of G rows,
-    √(G/(G-1) Σ_g (Σ_i (x_gi - x̄))²) / N (arXiv 2411.00640, with the small-sample factor); with equally many
-    samples a row it is that of the mean of the rows' means. NaN where there are too few.
-    """
-    known = [[score for score in row if score is not None] for row in scores]
-    known = [row for row in known if row]
-    count, rows = sum(map(len, known)), len(known)
-    if not count:
-        return math.nan, math.nan
-    mean = math.fsum(score for row in known for score in row) / count
-    if rows < 2:
-        return mean, math.nan
-    squares = math.fsum(math.fsum(score - mean for score in row) ** 2 for row in known)
-    return mean, math.sqrt(squares * rows / (rows - 1)) / count
-
-
 class _Shared(NamedTuple):
     """Places of the budgets that are decoded in one call: branches of one thought, or each by itself."""
 
@@ -351,40 +264,7 @@ class _Shared(NamedTuple):
     fork: bool
 
 
-class _Outcome(NamedTuple):
-    """What is kept of a sample."""
-
-    score: float | None
-    think_tokens: int
-    solve_tokens: int
-    forced: bool
-    natural: bool
-    cut: bool
-
-
 def _policy(budget: EvaluationBudget) -> AnyBudget:
     if budget.truncate is not None:
         return truncate(budget.truncate)
     return Budget(think=budget.think, solve=budget.solve)
-
-
-def _score(budget: EvaluationBudget, rows: Sequence[Sequence[_Outcome]]) -> BudgetScore:
-    scores = tuple(tuple(outcome.score for outcome in row) for row in rows)
-    accuracy, error = clustered(scores)
-    outcomes = [outcome for row in rows for outcome in row]
-
-    def mean(name: str) -> float:
-        return math.fsum(getattr(outcome, name) for outcome in outcomes) / len(outcomes)
-
-    return BudgetScore(
-        budget=budget,
-        scores=scores,
-        accuracy=accuracy,
-        standard_error=error,
-        think_tokens=mean("think_tokens"),
-        solve_tokens=mean("solve_tokens"),
-        forced=mean("forced"),
-        natural=mean("natural"),
-        cut=mean("cut"),
-        unscorable=sum(outcome.score is None for outcome in outcomes) / len(outcomes),
-    )

@@ -33,7 +33,7 @@ from elastic_decode.rl import checkpoint, seeds
 from elastic_decode.rl.advantage import Advantages, advantages
 from elastic_decode.rl.batch import Group, Row
 from elastic_decode.rl.budgets import BudgetPlan
-from elastic_decode.rl.evaluation import Evaluation, EvaluationResult
+from elastic_decode.rl.evaluation import Evaluation
 from elastic_decode.rl.exchange import exchange
 from elastic_decode.rl.lora import Adapters
 from elastic_decode.rl.optim import MasterAdamW, Schedule, learning_rate
@@ -41,6 +41,7 @@ from elastic_decode.rl.parallel import Parallel
 from elastic_decode.rl.refill import DynamicSampling, Gather, NextRows, one_batch
 from elastic_decode.rl.rewards import Rewards
 from elastic_decode.rl.rollout import RolloutStats, rollout
+from elastic_decode.rl.scores import EvaluationResult
 from elastic_decode.rl.update import Trained, UpdateOptions, update
 
 _log = logging.getLogger(__name__)

@@ -23,9 +23,28 @@ def test_the_plan(capsys):
         "10 = 0.08 epochs",
         "hold the same storage",
         "AdamW's moments",
-        "every 100 steps, before the first, after the last: 100 rows of countdown, split test, x 1 under t0",
+        "every 100 steps, before the first, after the last: 100 rows of countdown, split test, x 1 sample",
     ):
         assert part in said
+
+
+def test_the_plan_of_dynamic_sampling(capsys):
+    assert main(["train", "--config", TOY, "--dry-run", "objective.dynamic_sampling=true"]) == 0
+    assert "sampled tokens; dynamic sampling: up to 4 times as many" in capsys.readouterr().out
+
+
+def test_another_evaluation_of_the_same_run_is_said(tmp_path, capsys):
+    evaluated = (
+        "evaluation={data: {source: countdown, split: test}, limit: %d, budgets: [{think: 0, solve: 3}]}"
+    )
+    assert train(tmp_path, "run.steps=1", evaluated % 2) == 0
+    said = capsys.readouterr().err
+    assert "evaluation after 1 step  t0_s3 " in said
+    assert "evaluation has changed" not in said
+    assert train(tmp_path, "run.steps=1", evaluated % 3) == 0
+    said = capsys.readouterr().err
+    assert "evaluation has changed: figures under eval/ so far are of the old one" in said
+    assert "1 of 1 steps are done" in said
 
 
 def test_a_sample_that_fits_no_micro_batch_is_said(capsys):

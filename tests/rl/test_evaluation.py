@@ -12,14 +12,15 @@ from elastic_decode import Budget, Engine, EngineConfig, SamplingParams
 from elastic_decode.assets import tiny_model_path
 from elastic_decode.budgets import truncate
 from elastic_decode.cli import main
-from elastic_decode.errors import BudgetError, ConfigError
+from elastic_decode.errors import BudgetError, ConfigError, RewardError
 from elastic_decode.rl.assemble import assemble
 from elastic_decode.rl.batch import Row
 from elastic_decode.rl.config import load_config
 from elastic_decode.rl.distributed import World
-from elastic_decode.rl.evaluation import Evaluation, Evaluator, clustered, evaluate, rows_of
+from elastic_decode.rl.evaluation import Evaluation, Evaluator, evaluate, rows_of
 from elastic_decode.rl.options import DataOptions, EvaluationBudget, EvaluationOptions
 from elastic_decode.rl.rewards import Rewards
+from elastic_decode.rl.scores import clustered
 from elastic_decode.rl.seeds import derive
 from elastic_decode.tasks import countdown
 
@@ -193,7 +194,7 @@ def test_rows_that_do_not_fit(engine, rewards, caplog):
 def test_an_error_of_a_reward_aborts_what_runs(engine):
     with Rewards(lambda prompts: 1 / 0, workers=0) as rewards:
         evaluator = Evaluator(engine, ROWS, BUDGETS, rewards=rewards)
-        with pytest.raises(Exception, match="ZeroDivisionError"):
+        with pytest.raises(RewardError, match=r"in the evaluation: .* dataset row \d+ raised\n"):
             evaluator(0)
     assert not engine.has_work
 
