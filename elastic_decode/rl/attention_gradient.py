@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -17,20 +17,36 @@ from torch.nn.functional import scaled_dot_product_attention
 _DENSE = 0.75
 
 
+class Padded(NamedTuple):
+    """B sequences of about equal length, padded to L positions; N tokens."""
+
+    tokens: torch.Tensor  # int64 [B, L]: of each position, the sequence's last where there is none
+    padding: torch.Tensor  # bool [B, L, 1, 1]
+    positions: torch.Tensor  # int64 [N]: which of the B * L positions are not padding
+
+    def take(self, source: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """Rows of `source` at `at[tokens]`, [B, L, ...]."""
+        return source.index_select(0, at[self.tokens].flatten()).unflatten(0, self.tokens.shape)
+
+    def put(self, target: torch.Tensor, at: torch.Tensor, values: torch.Tensor) -> None:
+        """The inverse of `take`, without the padding."""
+        tokens = self.tokens.flatten()[self.positions]
+        target.index_copy_(0, at[tokens], values.flatten(0, 1).index_select(0, self.positions))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sequences:
     """Where the tokens of whole sequences, laid end to end, are; and where their keys and values.
 
     first_pages: each sequence's first page; its others follow. slots int64 [T]: page * page_size + offset of
-    each token. groups: sequences of about equal length, padded to the longest: (index int64 [B, L] of each
-    token, the sequence's last where there is none; real bool [B, L]).
+    each token.
     """
 
     lengths: tuple[int, ...]
     page_size: int
     first_pages: tuple[int, ...]
     slots: torch.Tensor
-    groups: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    groups: tuple[Padded, ...]
 
     @classmethod
     def of(cls, lengths: Sequence[int], page_size: int, device: torch.device) -> Sequences:
@@ -44,7 +60,14 @@ class Sequences:
             width = torch.arange(lengths[group[0]], device=device)
             at = torch.tensor(group, device=device)
             own = length[at].unsqueeze(1)
-            groups.append((start[at].unsqueeze(1) + torch.minimum(width, own - 1), width < own))
+            padding = width >= own
+            groups.append(
+                Padded(
+                    tokens=start[at].unsqueeze(1) + torch.minimum(width, own - 1),
+                    padding=padding[:, :, None, None],
+                    positions=(~padding).flatten().nonzero().flatten(),
+                )
+            )
         return cls(
             lengths=tuple(lengths),
             page_size=page_size,
@@ -119,19 +142,21 @@ class _Attention(torch.autograd.Function):
         to_q = torch.empty_like(q)
         # Slots between the sequences hold nothing, but are read back with the rest.
         to_keys, to_values = torch.zeros_like(keys), torch.zeros_like(values)
-        for index, real in ctx.sequences.groups:
-            lie = ctx.sequences.slots[index]
+        slots = ctx.sequences.slots
+        itself = torch.arange(len(q), device=q.device)
+        for group in ctx.sequences.groups:
             grads = _attention_grads(
-                q[index],
-                keys[lie],
-                values[lie],
-                grad[index].masked_fill_(~real[:, :, None, None], 0),
+                group.take(q, itself),
+                group.take(keys, slots),
+                group.take(values, slots),
+                group.take(grad, itself).masked_fill_(group.padding, 0),
                 scale=ctx.scale,
                 window=ctx.window,
             )
-            index, lie = index[real], lie[real]
-            for target, at, part in zip((to_q, to_keys, to_values), (index, lie, lie), grads, strict=True):
-                target[at] = part[real]
+            for target, at, part in zip(
+                (to_q, to_keys, to_values), (itself, slots, slots), grads, strict=True
+            ):
+                group.put(target, at, part)
         shape = k_cache.shape
         return None, None, to_q, to_keys.view(shape), to_values.view(shape), None, None
 
@@ -149,7 +174,12 @@ def _attention_grads(
 
     Padding is at the end, where no query of a sequence sees it, and its own queries have gradient 0.
     """
-    q, k, v = (each.transpose(1, 2).requires_grad_() for each in (q, k, v))
+    # On the CPU PyTorch's derivative is far slower in bfloat16 than in float32, and coarser.
+    dtype, compute = (
+        q.dtype,
+        torch.float32 if q.device.type == "cpu" and q.dtype != torch.float64 else q.dtype,
+    )
+    q, k, v = (each.transpose(1, 2).to(compute).requires_grad_() for each in (q, k, v))
     mask = None
     length = q.shape[2]
     if window is not None and window < length:
@@ -160,5 +190,5 @@ def _attention_grads(
         attended = scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
         )
-        grads = torch.autograd.grad(attended, (q, k, v), grad.transpose(1, 2))
-    return tuple(each.transpose(1, 2) for each in grads)
+        grads = torch.autograd.grad(attended, (q, k, v), grad.transpose(1, 2).to(compute))
+    return tuple(each.transpose(1, 2).to(dtype) for each in grads)

@@ -95,8 +95,10 @@ def test_sequences_are_grouped_by_length_and_lie_in_pages_of_their_own():
     assert sequences.pages == 2 + 1 + 1 + 3 + 2
     assert sequences.first_pages == (0, 2, 3, 4, 7)
     assert sequences.slots.tolist() == [*range(5), 8, 12, 13, *range(16, 25), *range(28, 33)]
-    tokens = torch.cat([index[real] for index, real in sequences.groups])
-    assert [index.shape for index, _ in sequences.groups] == [(2, 9), (1, 5), (2, 2)], "3/4 of each is real"
+    tokens = torch.cat([group.tokens[~group.padding[:, :, 0, 0]] for group in sequences.groups])
+    assert [group.tokens.shape for group in sequences.groups] == [(2, 9), (1, 5), (2, 2)], (
+        "3/4 of each is real"
+    )
     assert sorted(tokens.tolist()) == list(range(sum(LENGTHS)))
 
 
