@@ -282,7 +282,9 @@ class _SiluMul(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Grad, ...]:
         (gate_up,) = ctx.saved_tensors
         gate, up = _wide(gate_up).chunk(2, dim=-1)
+        result = torch.empty_like(gate_up)
+        to_gate, to_up = result.chunk(2, dim=-1)
         grad = _wide(grad)
-        sigmoid = torch.sigmoid(gate)
-        to_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
-        return None, torch.cat((to_gate, grad * gate * sigmoid), dim=-1).to(gate_up.dtype)
+        to_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        to_up.copy_(torch.nn.functional.silu(gate).mul_(grad))
+        return None, result
