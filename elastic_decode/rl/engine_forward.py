@@ -190,8 +190,8 @@ class _HeadKernels:
 class _Head(torch.autograd.Function):
     """Hidden states to log_softmax(logits / T) at the targets, and entropies; a chunk of logits at a time.
 
-    With p = softmax(z), z = logits / T: d logprob / dz = onehot - p and dH / dz = -p (log p + H); logits are
-    made again in the backward pass.
+    With p = softmax(z), z = logits / T: d logprob / dz = onehot - p and dH / dz = -p (log p + H). Where there
+    are several chunks, logits are made again in the backward pass.
     """
 
     @staticmethod
@@ -208,39 +208,48 @@ class _Head(torch.autograd.Function):
         lse = temperature.new_empty(len(hidden))
         logprobs = torch.empty_like(lse)
         entropies = torch.empty_like(lse) if entropy else None
+        logp = None
+        keep = len(hidden) <= chunk and any(ctx.needs_input_grad)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = kernels.linear(hidden[part], weight, out_dtype=torch.float32)
             lse[part] = kernels.lse(logits, temperature[part])
             at = logits.gather(1, targets[part].unsqueeze(1)).squeeze(1)
             logprobs[part] = at / temperature[part] - lse[part]
-            if entropies is not None:
-                z = logits.div_(temperature[part].unsqueeze(1))
-                entropies[part] = lse[part] - (z * (z - lse[part].unsqueeze(1)).exp_()).sum(1)
-        ctx.save_for_backward(hidden, weight, targets, temperature, lse, entropies)
+            if keep or entropies is not None:
+                logp = _normalised(logits, temperature[part], lse[part])
+            if entropies is not None and logp is not None:
+                entropies[part] = -(logp.exp() * logp).sum(1)
+        ctx.save_for_backward(hidden, weight, targets, temperature, lse, entropies, logp if keep else None)
         ctx.kernels, ctx.chunk = kernels, chunk
         return logprobs, entropies
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, to_entropy: torch.Tensor | None) -> tuple[Grad, ...]:
-        hidden, weight, targets, temperature, lse, entropies = ctx.saved_tensors
+        hidden, weight, targets, temperature, lse, entropies, kept = ctx.saved_tensors
         to_hidden = torch.empty_like(hidden)
         to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[2] else None
         for start in range(0, len(hidden), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            scale = temperature[part].unsqueeze(1)
-            logits = ctx.kernels.linear(hidden[part], weight, out_dtype=torch.float32)
-            logp = logits.div_(scale).sub_(lse[part].unsqueeze(1))
+            logp = kept
+            if logp is None:
+                logits = ctx.kernels.linear(hidden[part], weight, out_dtype=torch.float32)
+                logp = _normalised(logits, temperature[part], lse[part])
             p = logp.exp()
             if entropies is None or to_entropy is None:
-                to_logits = p.mul_(-grad[part].unsqueeze(1))
+                to_z = p.mul_(-grad[part].unsqueeze(1))
             else:
-                logp.add_(entropies[part].unsqueeze(1)).mul_(to_entropy[part].unsqueeze(1))
-                to_logits = p.mul_(logp.add_(grad[part].unsqueeze(1)).neg_())
-            to_logits.scatter_add_(1, targets[part].unsqueeze(1), grad[part].unsqueeze(1))
-            to_logits = to_logits.div_(scale).to(hidden.dtype)
+                share = (logp + entropies[part].unsqueeze(1)).mul_(to_entropy[part].unsqueeze(1))
+                to_z = p.mul_(share.add_(grad[part].unsqueeze(1)).neg_())
+            to_z.scatter_add_(1, targets[part].unsqueeze(1), grad[part].unsqueeze(1))
+            to_logits = to_z.div_(temperature[part].unsqueeze(1)).to(hidden.dtype)
             to_hidden[part] = to_logits @ weight
             if to_weight is not None:
                 to_weight.addmm_(to_logits.T, hidden[part])
         return None, to_hidden, to_weight, None, None, None, None
+
+
+def _normalised(logits: torch.Tensor, temperature: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """log_softmax(logits / T), in the memory of `logits`."""
+    return logits.div_(temperature.unsqueeze(1)).sub_(lse.unsqueeze(1))
