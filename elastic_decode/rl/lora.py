@@ -57,8 +57,13 @@ class Adapters:
 
     @torch.no_grad()
     def merged(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each adapted matrix W + (alpha / r) B A as a new float32 tensor, made when it is asked for."""
+        """Each adapted matrix W + (alpha / r) B A as a new float32 tensor, made when it is asked for.
+
+        Raises ConfigError where peft has merged an adapter into W itself.
+        """
         for name, layer in self._layers.items():
+            if layer.merged:
+                raise ConfigError(f"{name} holds its adapter already: call unmerge_adapter(), and train so")
             down, up = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
             whole = layer.base_layer.weight.to(torch.float32, copy=True)
             yield name, whole.addmm_(up.float(), down.float(), alpha=layer.scaling[_ADAPTER])

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from elastic_decode.errors import ConfigError
+from elastic_decode.errors import ConfigError, ElasticDecodeError
 from elastic_decode.rl import whole_files
 
 PROJECT = "elastic-decode"
@@ -56,10 +56,17 @@ def start(
     """The tracker `kind` of the run in `folder`.
 
     history: what metrics.jsonl has, in its order: steps below `first_step`, the next to be trained, and
-    evaluations before it. Raises ConfigError where the package cannot be imported.
+    evaluations before it. Raises ConfigError where the package cannot be imported, or refuses (wandb without
+    an API key, for one).
     """
     require([kind])
-    return _KINDS[kind](folder, name, dict(config), first_step, history)
+    try:
+        tracker: Tracker = _KINDS[kind](folder, name, dict(config), first_step, history)
+    except ElasticDecodeError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"run.log: {kind} does not start: {type(error).__name__}: {error}") from error
+    return tracker
 
 
 class TensorBoard:

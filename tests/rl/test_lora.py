@@ -266,6 +266,10 @@ def test_what_cannot_be_merged_is_refused():
     wrapped = peft.get_peft_model(base_model(), peft.LoraConfig(target_modules=["q_proj"], use_dora=True))
     with pytest.raises(UnsupportedModel, match="DoRA"):
         lora.Adapters(wrapped)
+    run = Run()
+    run.adapters.model.merge_adapter()
+    with pytest.raises(ConfigError, match=r"q_proj\.weight holds its adapter already"):
+        run.trainer._sync()
     with pytest.raises(UnsupportedModel, match=r"lora.* has no place in the decoder.*fed="):
         Engine.from_model(Run().adapters.base, TOKENIZER)
 

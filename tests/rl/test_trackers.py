@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -150,6 +151,12 @@ def test_wandb_gets_what_it_has_not(tmp_path, monkeypatch, known, sent):
     assert wandb.ended == 1
     assert wandb.arguments["id"] == trackers.run_id(tmp_path, "toy")
     assert (wandb.arguments["name"], wandb.arguments["config"]) == ("toy", {"lr": 1})
+
+
+def test_a_tracker_that_refuses(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: {}["no key"]))
+    with pytest.raises(ConfigError, match=r"run\.log: wandb does not start: KeyError: 'no key'"):
+        trackers.start("wandb", tmp_path, name="toy", config={}, first_step=0, history=[])
 
 
 def test_wandb_itself_offline(tmp_path):
