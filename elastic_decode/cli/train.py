@@ -93,14 +93,14 @@ def _rows(config: GRPOConfig) -> tuple[int | None, str]:
 
 def _evaluation(config: GRPOConfig) -> str:
     wanted, every = config.evaluation, config.run.eval_every
-    if wanted is None:
-        return "none"
-    when = [f"every {every} steps"] * (every > 0)
+    if wanted is None or not every:
+        return "never"
+    when = [f"every {every} steps"]
     when += ["before the first"] * wanted.at_start + ["after the last"] * wanted.at_end
     rows = "all rows" if wanted.limit is None else f"{wanted.limit} rows"
     budgets = ", ".join(budget.label for budget in wanted.budgets)
     return (
-        f"{', '.join(when) or 'never'}: {rows} of {wanted.data.source}, split {wanted.data.split}, x "
+        f"{', '.join(when)}: {rows} of {wanted.data.source}, split {wanted.data.split}, x "
         f"{wanted.n} sample{'s' * (wanted.n > 1)}, under {budgets}"
     )
 

@@ -54,7 +54,7 @@ def assemble(
     _refuse(config)
     folder = model_folder(config)
     dataset = data.load(config.data, seed=config.run.seed)
-    held_out = rows_of(config.evaluation) if config.evaluation is not None else []
+    held_out = rows_of(config.evaluation) if config.evaluation is not None and config.run.eval_every else []
     functions = reward_names.resolve(config.rewards)
     grading = config.grading
     device = own_device(config.engine.device)
@@ -185,7 +185,7 @@ def _evaluation(
     config: GRPOConfig, engine: Engine, rewards: Rewards, rows: Sequence[Row], world: World
 ) -> Evaluation | None:
     wanted = config.evaluation
-    if wanted is None:
+    if wanted is None or not config.run.eval_every:
         return None
     run = Evaluator(
         engine,

@@ -40,15 +40,15 @@ class Evaluation:
     """What a trainer evaluates, and when: `run` gets the number of updates so far."""
 
     run: Callable[[int], EvaluationResult]
-    every: int = 0
+    every: int
     at_start: bool = True
     at_end: bool = True
 
     def due(self, step: int, steps: int) -> bool:
-        """After `step` of `steps` updates."""
+        """After `step` of `steps` updates. At the last one a multiple of `every` is due all the same."""
         if step == 0:
             return self.at_start
-        return (self.at_end and step == steps) or (self.every > 0 and step % self.every == 0)
+        return step % self.every == 0 or (self.at_end and step == steps)
 
 
 class Evaluator:

@@ -102,7 +102,7 @@ class EvaluationBudget:
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
     """What rl/evaluation.py does every run.eval_every steps, and before the first (at_start) and after the
-    last (at_end).
+    last (at_end); never where run.eval_every is 0.
 
     data: as for training, though never shuffled by run.seed. limit: only so many of its rows, the same
     random ones in every run (the first ones where data.shuffle is false). n: samples a prompt. sampling: its

@@ -37,11 +37,11 @@ def test_another_evaluation_of_the_same_run_is_said(tmp_path, capsys):
     evaluated = (
         "evaluation={data: {source: countdown, split: test}, limit: %d, budgets: [{think: 0, solve: 3}]}"
     )
-    assert train(tmp_path, "run.steps=1", evaluated % 2) == 0
+    assert train(tmp_path, "run.steps=1", "run.eval_every=1", evaluated % 2) == 0
     said = capsys.readouterr().err
     assert "evaluation after 1 step  t0_s3 " in said
     assert "evaluation has changed" not in said
-    assert train(tmp_path, "run.steps=1", evaluated % 3) == 0
+    assert train(tmp_path, "run.steps=1", "run.eval_every=1", evaluated % 3) == 0
     said = capsys.readouterr().err
     assert "evaluation has changed: figures under eval/ so far are of the old one" in said
     assert "1 of 1 steps are done" in said
@@ -68,7 +68,7 @@ def test_mistakes(capsys, override, message):
 
 def train(folder, *arguments):
     small = ["rollout.prompts_per_step=2", "rollout.group_size=2", "grading.workers=0", "run.save_every=2"]
-    small += ["run.eval_every=0", "evaluation=null"]
+    small += ["run.eval_every=0"]
     return main(["train", "--config", TOY, f"run.folder={folder}", *small, *arguments])
 
 

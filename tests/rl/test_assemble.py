@@ -21,7 +21,6 @@ SMALL = (
     "grading.workers=1",
     "engine.max_batch=16",
     "run.eval_every=0",
-    "evaluation=null",
 )
 
 

@@ -128,7 +128,7 @@ def test_rows_that_do_not_fit():
 def toy(folder, *overrides):
     small = ("run.save_every=1", "rollout.prompts_per_step=4", "rollout.group_size=4", "grading.workers=0")
     dynamic = ("objective.dynamic_sampling=true", "engine.max_batch=16", f"run.folder={folder}")
-    small += ("run.eval_every=0", "evaluation=null")
+    small += ("run.eval_every=0",)
     return load_config(TOY, [*small, *dynamic, *overrides])
 
 
