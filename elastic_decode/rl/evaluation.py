@@ -45,7 +45,7 @@ class Evaluation:
     at_end: bool = True
 
     def due(self, step: int, steps: int) -> bool:
-        """After `step` of `steps` updates. At the last one a multiple of `every` is due all the same."""
+        """After `step` of `steps` updates."""
         if step == 0:
             return self.at_start
         return step % self.every == 0 or (self.at_end and step == steps)

@@ -186,7 +186,13 @@ def test_a_copy_of_the_module_is_computed_by_its_own_weights():
 
 
 SMALL = (
-    *("run.steps=3", "run.save_every=0", "grading.workers=0", "rollout.prompts_per_step=6"),
+    *(
+        "run.steps=3",
+        "run.save_every=0",
+        "run.eval_every=0",
+        "grading.workers=0",
+        "rollout.prompts_per_step=6",
+    ),
     *("rollout.group_size=8", "optim.updates_per_step=2", "optim.lr=1e-3", "objective.kl=0.01"),
     *("objective.entropy=0.001", "engine.horizon=2", "engine.max_batch=16", "run.progress=false"),
 )
