@@ -123,7 +123,7 @@ class Life:
                 if not any(part.startswith(("superseded-", "tensorboard")) for part in path.parts)
             ),
             "metrics": [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines],
-            "weights": (last / "model.safetensors").read_bytes(),
+            "weights": [path.read_bytes() for path in sorted(last.glob("*.safetensors"))],
             "state": checkpoint.load_state(last),
         }
 
