@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has gone; keep Python from failing again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ElasticDecodeError, OSError) as error:  # files that are missing, not allowed, no folder, …
+    # OSError: files that are missing, not allowed, no folder; FloatingPointError: training that diverged.
+    except (ElasticDecodeError, OSError, FloatingPointError) as error:
         if arguments.traceback:
             raise
         print(f"elastic-decode: {error}", file=sys.stderr)

@@ -228,6 +228,8 @@ def _check_folder(config: GRPOConfig, resume: str) -> str | None:
     from elastic_decode.rl.metrics import FILE
 
     folder = config.run.path
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"run.folder: {folder} is no folder; give another run.folder")
     if resume == "never" and any((folder / name).exists() for name in (_CONFIG, FILE, "checkpoints")):
         raise ConfigError(f"{folder} holds a run already; give another run.folder, or --resume auto")
     if resume != "never" and (folder / _CONFIG).exists() and (folder / "checkpoints").exists():

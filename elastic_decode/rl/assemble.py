@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from elastic_decode.assets import tiny_model_path
+from elastic_decode.engine.build import check_device
 from elastic_decode.errors import ConfigError
 from elastic_decode.llm import Engine
 from elastic_decode.models import hub
@@ -71,7 +72,8 @@ def assemble(
         )
         rewards.check_columns(dataset.columns)
         if held_out:
-            rewards.check_columns(held_out[0].columns)
+            rewards.check_columns(held_out[0].columns, of="evaluation.data")
+        check_device(device)  # with the workers forked: asking may wake CUDA
         world = stack.enter_context(joined(device, timeout=config.distributed.timeout))
         with world.together("the start"):
             tokenizer = hub.tokenizer(folder)

@@ -95,8 +95,8 @@ class Rewards:
         self._closed = False
         self._pool = WorkerPool(self._work, workers=workers, timeout=timeout) if workers else None
 
-    def check_columns(self, columns: Iterable[str]) -> None:
-        """Raises ConfigError where a function needs an argument that these dataset columns do not give."""
+    def check_columns(self, columns: Iterable[str], *, of: str = "the dataset") -> None:
+        """Raises ConfigError where a function needs an argument that these columns of `of` do not give."""
         there = {*_STANDARD, *_OURS, *columns}
         there |= {_renamed(name) for name in set(_OURS).intersection(columns)}
         for name, (_, required) in self._wanted.items():
@@ -104,7 +104,7 @@ class Rewards:
             if missing:
                 raise ConfigError(
                     f"reward function {name!r} needs the column{'s' * (len(missing) > 1)} "
-                    f"{', '.join(missing)}; the dataset and the engine give {', '.join(sorted(there))}"
+                    f"{', '.join(missing)}; {of} and the engine give {', '.join(sorted(there))}"
                 )
 
     def submit(

@@ -163,8 +163,7 @@ class _Decoder(NamedTuple):
             length = len(self.engine.encode(task.row.prompt, chat_template_kwargs=self.template))
             if self.max_prompt_tokens is not None and length > self.max_prompt_tokens:
                 raise CapacityError(
-                    f"the prompt of dataset row {task.row.index} has {length} tokens, max_prompt_tokens is "
-                    f"{self.max_prompt_tokens}"
+                    f"the prompt has {length} tokens, max_prompt_tokens is {self.max_prompt_tokens}"
                 )
         prompts = [task.row.prompt for task in run.tasks for _ in task.sampling]
         sampling = [params for task in run.tasks for params in task.sampling]
@@ -209,17 +208,17 @@ def _that_fit(
         try:
             started.append((run, decoder.start(run)))
             continue
-        except (BudgetError, CapacityError) as error:
-            if too_long == "raise":
-                raise
-            refusal = error
+        except (BudgetError, CapacityError):
+            pass  # of some row: find out which
         fitting = []
         for task in listed:
             try:
                 decoder.start(_Run([task], run.forked))
                 fitting.append(task)
             except (BudgetError, CapacityError) as error:
-                refusal = error
+                refusal = type(error)(f"dataset row {task.row.index}: {error}")
+                if too_long == "raise":
+                    raise refusal from error
                 skipped.append(task.row.index)
         if fitting:
             run = _Run(fitting, run.forked)

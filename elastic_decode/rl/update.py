@@ -66,9 +66,14 @@ def update(
     context manager factory under which `model` is it (LoRA's `disable_adapter`). parallel: how ranks share
     the work, None = one process. Raises ConfigError where there is nothing to train on or a term lacks what
     it needs, and FloatingPointError, with no update made, where a gradient is not finite.
+
+    `updates` in the metrics is how many were made: none where there is nothing to learn (all advantages are
+    0, and there is neither KL nor entropy in the loss), since AdamW moves weights by a gradient of 0, too.
     """
     parallel = parallel or Parallel(model)
     wanted = [row for row in trained if any(row.sample.loss_mask)]
+    if not (options.kl_coef or options.entropy_coef or any(row.advantage for row in wanted)):
+        wanted = []
     if options.updates < 1:
         raise ConfigError(f"updates must be >= 1, got {options.updates}")
     if options.kl_coef and reference is None:
@@ -86,7 +91,7 @@ def update(
     ref = None
     if options.kl_coef:
         ref = _reference_logprobs(passed, reference, every)
-    totals: dict[str, float] = {}
+    totals: dict[str, float] = {"updates": float(len(batches))}
     first: dict[int, torch.Tensor] = {}
     for batch, micro in zip(batches, micros, strict=True):
         total_tokens, total_samples = denominators(row.sample.loss_mask for row in batch)

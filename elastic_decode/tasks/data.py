@@ -135,6 +135,8 @@ def _prompt(prompt: Any, options: DataOptions, where: str) -> Prompt:
         good = isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message
         if not good:
             raise ConfigError(f"{where}: a chat's messages have 'role' and 'content', got {message!r:.80}")
+        if message["content"] is None and message["role"] != "assistant":  # which may only call a tool
+            raise ConfigError(f"{where}: the content of a {message['role']}'s message is None")
     if options.prefix or options.suffix or options.chat:
         raise ConfigError(f"{where} is a chat: data.prefix, suffix and chat are for prompts that are strings")
     return [dict(message) for message in prompt]

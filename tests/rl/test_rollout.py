@@ -230,7 +230,7 @@ def test_a_limit_of_prompt_tokens(engine, rewards):
         [group for group in groups if group.index != 7]
     )
     assert stats.skipped_prompts == 1
-    with pytest.raises(CapacityError, match="dataset row 7 has 20 tokens, max_prompt_tokens is 19"):
+    with pytest.raises(CapacityError, match="row 7: the prompt has 20 tokens, max_prompt_tokens is 19"):
         run(engine, rewards, rows, max_prompt_tokens=19, too_long="raise")
 
 

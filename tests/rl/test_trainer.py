@@ -86,9 +86,13 @@ def test_steps_train_the_weights_that_the_engine_decodes_with():
         assert 0 <= metrics["reward"] <= 1
         assert metrics["think_tokens"] <= 15
         assert metrics["solve_tokens"] <= 3
-        assert (metrics["grad_norm"] > 0) == (metrics["groups_with_spread"] > 0)
-        assert metrics["mismatch_max"] < 1e-5, "float32: the rollout's log-probabilities are the trainer's"
-        assert metrics["mismatch_outside"] == 0
+        assert (metrics["updates"] > 0) == (metrics["groups_with_spread"] > 0)
+        if metrics["updates"]:
+            assert metrics["grad_norm"] > 0
+            assert metrics["mismatch_max"] < 1e-5, (
+                "float32: the rollout's log-probabilities are the trainer's"
+            )
+            assert metrics["mismatch_outside"] == 0
         assert metrics["reward/right"] == metrics["reward"]
     assert any(metrics["groups_with_spread"] for metrics in run.metrics)
     assert run.engine.stats()["free_pages"] == run.engine.stats()["num_pages"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -223,8 +224,16 @@ def test_nothing_to_train_on():
     model = made()
     before = parameters(model)
     optimizer = MasterAdamW(model.parameters(), lr=1.0)
-    assert update(model, optimizer, [], options(), lr=1e-3) == {}
+    assert update(model, optimizer, [], options(), lr=1e-3) == {"updates": 0}
     assert torch.equal(parameters(model), before)
+    # AdamW goes on by its last steps where the gradient is 0: rewards that are all equal must not do that.
+    assert update(model, optimizer, rows(4), options(updates=2), lr=1e-3)["updates"] == 2
+    before = parameters(model)
+    flat = [replace(row, advantage=0.0) for row in rows(4)]
+    assert update(model, optimizer, flat, options(), lr=1e-3) == {"updates": 0}
+    assert torch.equal(parameters(model), before)
+    assert update(model, optimizer, flat, options(entropy_coef=0.1), lr=1e-3)["updates"] == 1
+    assert not torch.equal(parameters(model), before)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     with pytest.raises(ConfigError, match="nothing to train"):
