@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from elastic_decode.rl.estimate import Estimate
     from elastic_decode.rl.evaluation import Evaluation
     from elastic_decode.rl.metrics import Metrics
+    from elastic_decode.rl.options import DataOptions
     from elastic_decode.rl.scores import EvaluationResult
 
 _CONFIG = "config.yaml"  # in the run's folder
@@ -79,15 +81,14 @@ def shape(name: str, revision: str | None) -> ModelConfig:
         ) from error
 
 
-def _rows(config: GRPOConfig) -> tuple[int | None, str]:
+def _rows(options: DataOptions) -> tuple[int | None, str]:
     """How many rows the data has, and what to say of it; nothing is downloaded."""
     from elastic_decode.rl import data
     from elastic_decode.tasks.data import FILES
 
-    options = config.data
     if options.source == "countdown" or Path(options.source).suffix in FILES:
-        dataset = data.load(options, seed=config.run.seed)
-        return len(dataset), f"{options.source}, split {options.split}: {len(dataset):,} rows"
+        count = len(data.load(options))
+        return count, f"{options.source}, split {options.split}: {count:,} rows"
     return None, f"{options.source}, split {options.split} (of the hub: not read for a plan)"
 
 
@@ -97,12 +98,10 @@ def _evaluation(config: GRPOConfig) -> str:
         return "never"
     when = [f"every {every} steps"]
     when += ["before the first"] * wanted.at_start + ["after the last"] * wanted.at_end
-    rows = "all rows" if wanted.limit is None else f"{wanted.limit} rows"
+    count, source = _rows(wanted.data)
+    limit = "" if wanted.limit is None or (count or math.inf) <= wanted.limit else f"{wanted.limit} of "
     budgets = ", ".join(budget.label for budget in wanted.budgets)
-    return (
-        f"{', '.join(when)}: {rows} of {wanted.data.source}, split {wanted.data.split}, x "
-        f"{wanted.n} sample{'s' * (wanted.n > 1)}, under {budgets}"
-    )
+    return f"{', '.join(when)}; {limit}{source}, x {wanted.n} sample{'s' * (wanted.n > 1)}, under {budgets}"
 
 
 def _rewards(config: GRPOConfig) -> str:
@@ -141,7 +140,7 @@ def _plan(config: GRPOConfig) -> int:
     from elastic_decode.rl.estimate import estimate
 
     rewards = _rewards(config)
-    rows, data = _rows(config)
+    rows, data = _rows(config.data)
     plan = estimate(config, shape(config.model.path, config.model.revision), rows)
     show(Console(highlight=False, soft_wrap=True), config, plan, data, rewards)
     return 0

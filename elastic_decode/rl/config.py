@@ -48,6 +48,11 @@ class RewardOptions:
         )
         require(math.isfinite(self.weight), "weight", "finite", self.weight)
 
+    @property
+    def label(self) -> str:
+        """What metrics and messages call it."""
+        return self.name or self.function.rpartition(":")[2]
+
 
 @dataclass(frozen=True, kw_only=True)
 class GradingOptions:
@@ -226,6 +231,9 @@ class GRPOConfig:
             raise ConfigError(
                 "run.eval_every needs to know what to evaluate: give data and budgets in evaluation"
             )
+        known = [reward.label for reward in self.rewards]
+        for name in self.evaluation.rewards if self.evaluation is not None else ():
+            require(name in known, "evaluation.rewards", f"of {', '.join(known)}", name)
         samples, updates = (
             self.rollout.prompts_per_step * self.rollout.group_size,
             self.optim.updates_per_step,

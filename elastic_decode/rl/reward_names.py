@@ -32,7 +32,7 @@ def resolve(rewards: Sequence[RewardOptions]) -> dict[str, Function]:
     found: dict[str, Function] = {}
     for index, reward in enumerate(rewards):
         path = f"rewards.{index}"
-        name = reward.name or reward.function.rpartition(":")[2]
+        name = reward.label
         if name in found:
             raise ConfigError(f"{path}: there is a reward {name!r} already; give this one a name")
         found[name] = _function(reward.function, reward.options, path)

@@ -23,7 +23,7 @@ def test_the_plan(capsys):
         "10 = 0.08 epochs",
         "hold the same storage",
         "AdamW's moments",
-        "every 100 steps, before the first, after the last: 100 rows of countdown, split test, x 1 sample",
+        "every 100 steps, before the first, after the last; 100 of countdown, split test: 628 rows, x 1",
     ):
         assert part in said
 
@@ -58,6 +58,7 @@ def test_a_sample_that_fits_no_micro_batch_is_said(capsys):
         ("optim.lrr=1", "did you mean 'optim.lr'?"),
         ("model.path=/absent", "'/absent'"),
         ("data.source=absent.jsonl", "there is no file absent.jsonl"),
+        ("evaluation.data.source=away.jsonl", "there is no file away.jsonl"),
         ("rewards.0.function=absent:f", "absent:f cannot be imported"),
     ],
 )

@@ -229,6 +229,7 @@ def test_limited_rows_are_the_same_in_every_run():
             "evaluation.budgets must be of different names, got ['t5_s3', 't5_s3'",
         ),
         (["evaluation.budgets.0.solve=-1"], "evaluation.budgets.0: solve must be a number of tokens >= 0"),
+        (["evaluation.rewards=[rihgt]"], "evaluation.rewards must be of countdown, got 'rihgt'"),
         (["evaluation.n=0"], "evaluation.n must be >= 1"),
         (["evaluation.sampling.seed=1"], "evaluation.sampling.seed must be null"),
         (["evaluation.data.split=3"], "evaluation.data.split must be a string"),
