@@ -110,6 +110,7 @@ def test_what_is_not_installed_is_said_before_anything_is_made(tmp_path, capsys,
 
 
 def test_adapters_are_trained_and_exported_whole(tmp_path, capsys):
+    pytest.importorskip("peft")
     run, lora = tmp_path / "run", "optim.lora={r: 2, alpha: 4}"
     assert train(run, lora, "run.steps=2") == 0
     assert (run / "checkpoints" / "step-000002" / "adapter_config.json").is_file()

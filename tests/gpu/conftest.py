@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,7 @@ class Target:
     def pick(self, gpu: Any, rehearsal: Any) -> Any:
         return gpu if self.real else rehearsal
 
-    def engine(self, model: Any, **options: Any) -> Engine:
+    def engine(self, model: Any, *, fed: Collection[str] = (), **options: Any) -> Engine:
         """An engine over a Hugging Face module."""
         options = {"dtype": "float32", "kv_memory": "64MiB", "max_model_len": 128, **options}
         if not self.real:
@@ -64,7 +64,7 @@ class Target:
 
             self.patch.setattr(engine_build, "open_device", late)
         config = EngineConfig(device=self.device, **options)
-        return Engine.from_model(model, TOKENIZER, config)
+        return Engine.from_model(model, TOKENIZER, config, fed=fed)
 
     @contextmanager
     def waits_forbidden(self) -> Iterator[None]:

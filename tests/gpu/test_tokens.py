@@ -119,3 +119,48 @@ def test_recorded_steps_decode_with_trained_weights(target, helpers):
 
     assert tokens(after) == tokens(fresh)
     assert tokens(after) != tokens(before)
+
+
+def test_recorded_steps_decode_with_what_they_are_fed(target, helpers):
+    """Matrices merged on the caller's stream, W + B A, into the memory that a graph names; what the caller
+    writes afterwards comes too late to be seen.
+    """
+    module = helpers.random_model("qwen2", {}).to(target.device)
+    fed = [
+        name for name, _ in module.named_parameters() if name.endswith(("q_proj.weight", "down_proj.weight"))
+    ]
+    base = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    torch.manual_seed(0)
+    pairs = {name: (torch.randn(base[name].shape[0], 4), torch.randn(4, base[name].shape[1])) for name in fed}
+    pairs = {name: (0.2 * up.to(target.device), down.to(target.device)) for name, (up, down) in pairs.items()}
+
+    def merged():
+        for name, (up, down) in pairs.items():
+            yield name, base[name].addmm(up, down)
+
+    prompts = helpers.mixed_prompts(4)
+    greedy = {"budget": budgets.truncate(16), "sampling": SamplingParams(temperature=0)}
+    with target.engine(module, fed=fed, horizon=4) as engine:
+        engine.sync_weights((name, base[name]) for name in fed)
+        before = engine.generate(prompts, **greedy)
+        wanted = dict(merged())
+        for _ in range(3):
+            engine.sync_weights(merged())
+            kept = [up.clone() for up, _ in pairs.values()]
+            for up, _ in pairs.values():
+                up.add_(1.0)
+            after = engine.generate(prompts, **greedy)
+            for (up, _), old in zip(pairs.values(), kept, strict=True):
+                up.copy_(old)
+    assert all(torch.equal(p, base[name]) for name, p in module.named_parameters())
+    with torch.no_grad():
+        for name, whole in wanted.items():
+            module.get_parameter(name).copy_(whole)
+    with target.engine(module, horizon=1, cuda_graphs=False) as engine:
+        fresh = engine.generate(prompts, **greedy)
+
+    def tokens(generations):
+        return [g.completions[0].token_ids for g in generations]
+
+    assert tokens(after) == tokens(fresh)
+    assert tokens(after) != tokens(before)
