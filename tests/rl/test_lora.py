@@ -142,6 +142,23 @@ def test_merged_is_float32_and_cast_once():
     assert torch.equal(weights.gate_up[: len(gate)], gate.bfloat16())
 
 
+def test_an_engine_of_another_dtype():
+    """Trained in float32, decoded with in bfloat16: what is fed and what is copied are each cast once."""
+    adapters = Run().adapters
+    config = EngineConfig(dtype="bfloat16", kv_memory="16MiB")
+    with Engine.from_model(adapters.base, TOKENIZER, config, fed=adapters.names) as engine:
+        with torch.no_grad():
+            for name, parameter in adapters.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(0, 0.01)
+        engine.sync_weights(adapters.merged())
+        held = engine._shared.weights
+        assert torch.equal(held.embed, adapters.base.model.embed_tokens.weight.detach().bfloat16())
+        down = dict(adapters.merged())["model.layers.2.mlp.down_proj.weight"]
+        assert down.dtype == torch.float32
+        assert torch.equal(held.layers[2].down, down.bfloat16())
+
+
 def test_a_base_in_bfloat16_has_float32_adapters_and_says_how_far_off_it_is():
     run = Run(dtype=torch.bfloat16)
     base = run.weights(False)
