@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 from elastic_decode.errors import CheckpointError
 from elastic_decode.rl import trackers, whole_files
@@ -234,23 +235,28 @@ class Display:
         self._steps, self._first, self._console = steps, first_step, console
         self._started = time.monotonic()
         self._bar: Progress | None = None
-        self._said = ""
+        self._said = "ETA after the first step"
         if console.is_terminal:
-            columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[said]}"))
+            # Where there is little room the bar goes and the text is cut, but the count stays.
+            columns = (
+                BarColumn(bar_width=12),
+                MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=len(f"{steps}/{steps}"))),
+                TextColumn("{task.fields[said]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            )
             self._bar = Progress(*columns, console=console)
-            self._task = self._bar.add_task("training", total=steps, completed=first_step, said="")
+            self._task = self._bar.add_task("training", total=steps, completed=first_step, said=self._said)
             self._bar.start()
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         done = step + 1
         each = (time.monotonic() - self._started) / max(1, done - self._first)
         parts = [f"{label} {format(values[key], how)}" for key, label, how in SHOWN if key in values]
-        said = "  ".join([*parts, f"ETA {_duration(each * max(0, self._steps - done))}"])
-        self._said = said
+        left = f"ETA {_duration(each * max(0, self._steps - done))}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, said=said)
+            self._said = "  ".join([left, *parts])
+            self._bar.update(self._task, completed=done, said=self._said)
         else:
-            self.say(f"step {done}/{self._steps}  {said}")
+            self.say("  ".join([f"step {done}/{self._steps}", *parts, left]))
 
     def evaluated(self, step: int, seconds: float, said: str) -> None:
         if step == self._first:  # says nothing of how long the steps take

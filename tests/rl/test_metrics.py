@@ -141,6 +141,16 @@ def test_a_bar_on_a_terminal(tmp_path):
     assert "think 14.5" in screen.getvalue()
 
 
+def test_the_step_is_shown_where_there_is_little_room(tmp_path):
+    screen = io.StringIO()
+    with metrics(tmp_path, Console(file=screen, force_terminal=True, width=48)) as run:
+        run.step(0, {"reward": 0.25, "think_tokens": 14.5, "solve_tokens": 3, "kl": 0.5})
+        run.busy("evaluating")
+    last = screen.getvalue().rpartition("1/10")[2]
+    assert "evaluating  ETA 0:00  reward 0.250" in last
+    assert "KL" not in last
+
+
 def test_what_was_dropped_is_shown(tmp_path):
     written(tmp_path / "metrics.jsonl", range(3))
     screen = io.StringIO()
