@@ -218,6 +218,7 @@ def _options(config: GRPOConfig, dataset: data.Dataset, engine: Engine) -> Train
         train_on_forced=rollout.train_on_forced,
         too_long=rollout.too_long,
         max_prompt_tokens=rollout.max_prompt_tokens,
+        sleep_in_update=rollout.sleep_in_update,
         chat_template_kwargs=rollout.chat_template_kwargs,
         sampling_rounds=config.objective.max_sampling_rounds if config.objective.dynamic_sampling else None,
         run_seed=run.seed,

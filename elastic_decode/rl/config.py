@@ -285,6 +285,7 @@ _FREE = (
     *(f"run.{name}" for name in ("name", "folder", "save_every", "keep", "eval_every", "log", "progress")),
     *(f"engine.{name}" for name in ("max_batch", "kv_memory", "page_size", "horizon", "prefill_tokens")),
     "engine.cuda_graphs",
+    "rollout.sleep_in_update",
     "engine.prefix_cache",
     *(f"grading.{name}" for name in ("workers", "timeout", "on_error")),
     *(f"distributed.{name}" for name in ("sharding", "timeout")),

@@ -125,6 +125,10 @@ def estimate(config: GRPOConfig, model: ModelConfig, rows: int | None) -> Estima
         inputs = sum(columns for _, columns in matrices)
         memory["the adapters' inputs (float32)"] = 4 * optim.max_tokens_per_microbatch * inputs
     rollout = config.rollout
+    if rollout.sleep_in_update:
+        kept = ("gradients", "activations", "the adapters' inputs")
+        update = sum(count for name, count in memory.items() if name.startswith(kept))
+        memory["KV pages or the update's, never both"] = -min(memory["KV pages"], update)
     samples = rollout.prompts_per_step * rollout.group_size
     think, solve = longest(rollout.budgets)
     output = None if think is None or solve is None else think + solve

@@ -40,7 +40,8 @@ class RolloutOptions:
     train_on_forced: forced tokens are in the loss (the paper), or not (on-policy). too_long: what to do with
     prompts that leave no room for their budgets. max_prompt_tokens: a longer prompt is too long, too.
     chat_template_kwargs: what the chat template is given besides the chat ({enable_thinking: true}, say); one
-    that it does not look at does nothing, as in transformers.
+    that it does not look at does nothing, as in transformers. sleep_in_update: the engine gives its KV pages
+    and recorded graphs back while the trainer updates; samples are the same, each step records graphs anew.
     """
 
     prompts_per_step: int
@@ -51,6 +52,7 @@ class RolloutOptions:
     too_long: Literal["skip", "raise"] = "skip"
     max_prompt_tokens: int | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    sleep_in_update: bool = False
 
     def __post_init__(self) -> None:
         positive("rollout", self, "prompts_per_step")

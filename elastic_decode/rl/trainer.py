@@ -69,6 +69,7 @@ class TrainerOptions:
     max_prompt_tokens: int | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     sampling_rounds: int | None = None
+    sleep_in_update: bool = False
     run_seed: int = 0
     save_every: int | None = None
     keep: int = 2
@@ -181,7 +182,7 @@ class GRPOTrainer:
             warmup=options.warmup,
             steps=options.steps,
         )
-        with self._noise():
+        with self._asleep(), self._noise():
             changes = update(
                 self.model,
                 self.optimizer,
@@ -293,6 +294,18 @@ class GRPOTrainer:
         """The engine decodes with what the module is now."""
         weights = self.parallel.weights() if self._adapters is None else self._adapters.merged()
         self.engine.sync_weights(weights)
+
+    @contextmanager
+    def _asleep(self) -> Iterator[None]:
+        """The engine's memory is the update's, where that is asked for."""
+        if not self.options.sleep_in_update:
+            yield
+            return
+        self.engine.sleep()
+        try:
+            yield
+        finally:
+            self.engine.wake()
 
     @contextmanager
     def _noise(self) -> Iterator[None]:

@@ -86,3 +86,11 @@ def test_tokens_and_steps():
 def test_checkpointing_keeps_less_and_nothing_less_than_the_inputs():
     full, less = (activations(QWEN2, 4096, 2, checkpointing=on) for on in (False, True))
     assert 28 * 4096 * 1536 * 2 < less < full / 5
+
+
+def test_an_engine_that_sleeps_in_updates():
+    kv, update = 2**30, of(model=QWEN2).memory["activations (estimate)"]
+    update += of(model=QWEN2).memory["gradients (float32)"]
+    asleep = of("rollout.sleep_in_update=true", "engine.kv_memory=1GiB", model=QWEN2)
+    assert update > kv
+    assert asleep.total == of("engine.kv_memory=1GiB", model=QWEN2).total - kv
