@@ -339,6 +339,11 @@ class Engine:
         (listed,) = as_prompt_list([prompt])
         return self._intake.encode(listed, self.delimiters, chat_template_kwargs).ids
 
+    @property
+    def weights(self) -> Weights:
+        """The tensors it decodes with; those of a live module where they are shared."""
+        return self._weights
+
     def sync_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | None = None) -> int:
         """Take over updated weights: required after every update of a shared module. Returns the new weight
         epoch.

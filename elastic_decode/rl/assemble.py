@@ -24,7 +24,7 @@ from elastic_decode.rl.config import GRPOConfig, ObjectiveOptions
 from elastic_decode.rl.distributed import World, joined, own_device, started
 from elastic_decode.rl.engine_forward import EngineForward
 from elastic_decode.rl.evaluation import Evaluation, Evaluator, rows_of
-from elastic_decode.rl.logprobs import token_logprobs
+from elastic_decode.rl.logprobs import TokenLogprobs, token_logprobs
 from elastic_decode.rl.loss import objective
 from elastic_decode.rl.optim import MasterAdamW
 from elastic_decode.rl.parallel import parallel
@@ -108,7 +108,7 @@ def assemble(
                 eps=config.optim.eps,
                 weight_decay=config.optim.weight_decay,
             ),
-            options=_options(config, dataset, engine),
+            options=_options(config, dataset, _logprobs(config, engine, adapters)),
             reference=reference,
             adapters=adapters,
             folder=config.run.path,
@@ -204,13 +204,18 @@ def _evaluation(
     return Evaluation(run=run, every=config.run.eval_every, at_start=wanted.at_start, at_end=wanted.at_end)
 
 
-def _options(config: GRPOConfig, dataset: data.Dataset, engine: Engine) -> TrainerOptions:
+def _logprobs(config: GRPOConfig, engine: Engine, adapters: lora.Adapters | None) -> TokenLogprobs:
+    wants_engine = config.optim.forward == "engine"
+    return EngineForward(engine, adapters).token_logprobs if wants_engine else token_logprobs
+
+
+def _options(config: GRPOConfig, dataset: data.Dataset, logprobs: TokenLogprobs) -> TrainerOptions:
     optim, rollout, run = config.optim, config.rollout, config.run
     return TrainerOptions(
         steps=run.steps,
         prompts_per_step=rollout.prompts_per_step,
         group_size=rollout.group_size,
-        update=_update_options(config, engine),
+        update=_update_options(config, logprobs),
         lr=optim.lr,
         schedule=optim.schedule,
         warmup=optim.warmup,
@@ -228,7 +233,7 @@ def _options(config: GRPOConfig, dataset: data.Dataset, engine: Engine) -> Train
     )
 
 
-def _update_options(config: GRPOConfig, engine: Engine) -> UpdateOptions:
+def _update_options(config: GRPOConfig, logprobs: TokenLogprobs) -> UpdateOptions:
     wanted, optim = config.objective, config.optim
     chosen = objective(wanted.name)
     chosen = replace(
@@ -248,7 +253,7 @@ def _update_options(config: GRPOConfig, engine: Engine) -> UpdateOptions:
         correction_cap=wanted.importance_cap,
         constant_length=_constant_length(wanted, config) if chosen.normalisation == "constant" else None,
         grad_clip=optim.grad_clip,
-        logprobs=EngineForward(engine).token_logprobs if optim.forward == "engine" else token_logprobs,
+        logprobs=logprobs,
     )
 
 

@@ -174,9 +174,11 @@ class OptimOptions:
             self.grad_clip is None or self.grad_clip > 0, "optim.grad_clip", "> 0 or null", self.grad_clip
         )
         positive("optim", self, "updates_per_step", "max_tokens_per_microbatch")
-        for name in ("lora", "gradient_checkpointing"):
-            wrong = self.forward == "engine" and getattr(self, name)
-            require(not wrong, f"optim.{name}", "off where optim.forward is 'engine'", getattr(self, name))
+        if self.forward == "engine":
+            checkpointing, dropout = self.gradient_checkpointing, self.lora.dropout if self.lora else 0
+            why = "where optim.forward is 'engine'"
+            require(not checkpointing, "optim.gradient_checkpointing", f"false {why}", checkpointing)
+            require(not dropout, "optim.lora.dropout", f"0 {why}", dropout)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,9 @@ weights. That holds for values; derivatives are PyTorch's. There is no dropout, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -23,29 +24,35 @@ from elastic_decode.llm import Engine
 from elastic_decode.models.decoder import Decoder, ForwardBatch
 from elastic_decode.models.layout import Fused, LayerWeights, Weights, assemble, layer_layout, outer_layout
 from elastic_decode.models.rope import cos_sin_table
-from elastic_decode.models.sharing import SharedWeights, share_module
+from elastic_decode.models.sharing import share_module
 from elastic_decode.rl.attention_gradient import Sequences
-from elastic_decode.rl.gradients import Grad, Kernel, fused, operators
+from elastic_decode.rl.gradients import Grad, Kernel, fused, low_rank, operators
 from elastic_decode.rl.logprobs import Packed
+from elastic_decode.rl.lora import Adapters
 
 
 @dataclass(frozen=True, slots=True)
 class _Module:
-    """A module whose weights lie in fused buffers, and the parameters that are the rows of each."""
+    """A module, the fused buffers its weights lie in, and its parameters by their names in a checkpoint."""
 
     module: torch.nn.Module  # held, so that its id stays its own
-    shared: SharedWeights
+    weights: Weights
     parameters: dict[str, torch.nn.Parameter]
+    verify: Callable[[], None]  # raises where a parameter left its buffer
 
 
 class EngineForward:
     """`token_logprobs` (logprobs.py) by the kernels, sizes and dtype of `engine`.
 
+    adapters: those that the engine is fed. Each pass merges them anew into the engine's buffers, or leaves
+    them out where they are switched off; so several updates may be made before the `sync_weights` that the
+    next rollout needs as ever.
+
     Raises ConfigError for an engine whose decoding it could not repeat: one with another dtype for keys and
     values than for weights, or whose bits depend on the batch.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, adapters: Adapters | None = None) -> None:
         config = engine.config
         if not config.batch_invariant:
             raise ConfigError(
@@ -63,6 +70,16 @@ class EngineForward:
             self._config.rope, self._config.head_dim, self._max_positions, self._device
         )
         self._modules: dict[int, _Module] = {}
+        self._adapters = adapters
+        self._adapted: dict[str, torch.Tensor] = {}  # the engine's rows of each adapted matrix
+        if adapters is not None:
+            parameters = dict(adapters.base.named_parameters(remove_duplicate=False))
+            named = {name.replace(".base_layer", ""): each for name, each in parameters.items()}
+            found = _Module(adapters.model, engine.weights, named, lambda: None)
+            self._modules[id(adapters.model)] = found
+            for each, holder in self._layout(found.weights):
+                rows = dict(each.views(getattr(holder, each.field)))
+                self._adapted |= {name: rows[name] for name in rows.keys() & set(adapters.names)}
 
     def token_logprobs(
         self, model: Any, packed: Packed, *, chunk: int = 1024, entropy: bool = False
@@ -100,35 +117,46 @@ class EngineForward:
 
     def _weights(self, model: Any) -> Weights:
         """The decoder's tensors of `model`, as functions of its parameters."""
-        module = getattr(model, "module", model)
-        found = self._modules.get(id(module))
+        found = self._modules.get(id(model))
         if found is None:
-            parameters = dict(module.named_parameters(remove_duplicate=False))
-            dtype = next(iter(parameters.values())).dtype
-            shared = share_module(module, self._config, dtype, self._device)
-            if not shared.shared:
-                raise ConfigError(
-                    f"the module's parameters are not all {dtype} on {self._device}: the kernels cannot take "
-                    "them as they are"
-                )
-            found = self._modules[id(module)] = _Module(module, shared, parameters)
-        found.shared.verify(modules=False)
-        tied = found.shared.weights.lm_head is found.shared.weights.embed
-        config = replace(self._config, tie_embeddings=tied)
+            found = self._modules[id(model)] = self._share(model)
+        found.verify()
+        adapters = self._adapters if self._adapters is not None and model is self._adapters.model else None
+        if adapters is not None:
+            with torch.no_grad():
+                for name, whole in adapters.merged():
+                    self._adapted[name].copy_(whole)
 
-        def live(layout: list[Fused], holder: Weights | LayerWeights) -> dict[str, torch.Tensor]:
-            return {
-                each.field: fused(
-                    getattr(holder, each.field), [found.parameters[name] for name, _ in each.parts]
-                )
-                for each in layout
-            }
+        def part(name: str) -> torch.Tensor:
+            if adapters is not None and name in self._adapted:
+                return low_rank(*adapters.factors(name), found.weights.dtype)
+            return found.parameters[name]
 
-        layers = enumerate(found.shared.weights.layers)
-        return assemble(
-            live(outer_layout(config), found.shared.weights),
-            [live(layer_layout(config, index), layer) for index, layer in layers],
-        )
+        outer: dict[str, torch.Tensor] = {}
+        layers: list[dict[str, torch.Tensor]] = [{} for _ in found.weights.layers]
+        fields = {id(layer): own for layer, own in zip(found.weights.layers, layers, strict=True)}
+        for each, holder in self._layout(found.weights):
+            parts = [part(name) for name, _ in each.parts]
+            fields.get(id(holder), outer)[each.field] = fused(getattr(holder, each.field), parts)
+        return assemble(outer, layers)
+
+    def _layout(self, weights: Weights) -> Iterator[tuple[Fused, Weights | LayerWeights]]:
+        """Every fused tensor, and what has it as a field."""
+        config = replace(self._config, tie_embeddings=weights.lm_head is weights.embed)
+        yield from ((each, weights) for each in outer_layout(config))
+        for index, layer in enumerate(weights.layers):
+            yield from ((each, layer) for each in layer_layout(config, index))
+
+    def _share(self, module: Any) -> _Module:
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        dtype = next(iter(parameters.values())).dtype
+        shared = share_module(module, self._config, dtype, self._device)
+        if not shared.shared:
+            raise ConfigError(
+                f"the module's parameters are not all {dtype} on {self._device}: the kernels cannot take "
+                "them as they are"
+            )
+        return _Module(module, shared.weights, parameters, partial(shared.verify, modules=False))
 
     def _pages(self, sequences: Sequences, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
         config = self._config

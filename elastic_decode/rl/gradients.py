@@ -59,6 +59,32 @@ class _Fused(torch.autograd.Function):
         return None, *grad.split(ctx.rows)
 
 
+def low_rank(down: torch.Tensor, up: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """Stands for `scale * up @ down` among the parts of `fused`: of its shape, without values of its own.
+
+    With G the whole's gradient, that of up is scale G downᵀ, that of down scale upᵀ G.
+    """
+    result: torch.Tensor = _LowRank.apply(down, up, scale, dtype)
+    return result
+
+
+class _LowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, down: torch.Tensor, up: torch.Tensor, scale: float, dtype: torch.dtype
+    ) -> torch.Tensor:
+        ctx.save_for_backward(down, up)
+        ctx.scale = scale
+        return up.new_zeros((), dtype=dtype).expand(len(up), down.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Grad, ...]:
+        down, up = ctx.saved_tensors
+        grad = grad.to(up.dtype).mul(ctx.scale)
+        return up.T @ grad, grad @ down.T, None, None
+
+
 # ---- linear ----
 
 

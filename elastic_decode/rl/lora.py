@@ -8,7 +8,8 @@ KL's reference needs no copy.
 
 With a base in bfloat16 the trainer adds two products where the engine rounds their sum into one matrix: their
 log-probabilities differ by more than float32 noise, which the mismatch metrics show and
-`objective.importance_cap` corrects for. So it is with dropout, which only the trainer has.
+`objective.importance_cap` corrects for; with `optim.forward: engine` the trainer computes with the merged
+matrices, too. So it is with dropout, which only the trainer has.
 """
 
 from __future__ import annotations
@@ -55,18 +56,26 @@ class Adapters:
         """The adapted matrices, by their names in a checkpoint: what an engine is to be fed."""
         return tuple(self._layers)
 
+    def factors(self, name: str) -> tuple[torch.nn.Parameter, torch.nn.Parameter, float]:
+        """A [r, in], B [out, r] and alpha / r of an adapted matrix."""
+        layer = self._layers[name]
+        return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight, layer.scaling[_ADAPTER]
+
     @torch.no_grad()
     def merged(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each adapted matrix W + (alpha / r) B A as a new float32 tensor, made when it is asked for.
+        """Each adapted matrix W + (alpha / r) B A as a new float32 tensor, made when it is asked for; W alone
+        where the adapters are switched off (peft's `disable_adapter`).
 
         Raises ConfigError where peft has merged an adapter into W itself.
         """
         for name, layer in self._layers.items():
             if layer.merged:
                 raise ConfigError(f"{name} holds its adapter already: call unmerge_adapter(), and train so")
-            down, up = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
             whole = layer.base_layer.weight.to(torch.float32, copy=True)
-            yield name, whole.addmm_(up.float(), down.float(), alpha=layer.scaling[_ADAPTER])
+            if not layer.disable_adapters:
+                down, up, scale = self.factors(name)
+                whole.addmm_(up.float(), down.float(), alpha=scale)
+            yield name, whole
 
     def save_pretrained(self, folder: Path) -> None:
         """A folder as peft writes it: adapter_config.json and adapter_model.safetensors."""

@@ -14,8 +14,9 @@ from transformers import AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config,
 from elastic_decode import Budget, Engine, EngineConfig, SamplingParams
 from elastic_decode.assets import tiny_model_path
 from elastic_decode.errors import ConfigError, WeightsRebound
+from elastic_decode.rl import lora
 from elastic_decode.rl.assemble import assemble
-from elastic_decode.rl.config import load_config
+from elastic_decode.rl.config import LoraOptions, load_config
 from elastic_decode.rl.engine_forward import EngineForward
 from elastic_decode.rl.logprobs import pack, plan, token_logprobs
 
@@ -87,7 +88,9 @@ def recomputed(forward, model, samples, temperature, *, max_tokens=150, chunk=10
         own = logprobs.detach().split([len(samples[i][1]) for i in chosen])
         found |= dict(zip(chosen, own, strict=True))
     return torch.cat([found[i] for i in range(len(samples))]), {
-        name: parameter.grad.clone() for name, parameter in model.named_parameters()
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
     }
 
 
@@ -185,6 +188,40 @@ def test_a_copy_of_the_module_is_computed_by_its_own_weights():
             forward(model, packed)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj"]])
+def test_adapters_are_computed_as_they_are_merged(targets):
+    pytest.importorskip("peft")
+    model = made("qwen2", torch.float32)
+    plain = copy.deepcopy(model)
+    adapters = lora.attach(model, LoraOptions(r=3, targets=targets), run_seed=1, base_name="x")
+    with torch.no_grad():
+        for name in adapters.names:
+            adapters.factors(name)[1].normal_(0, 0.1)
+    config = EngineConfig(max_model_len=96, kv_memory="8MiB")
+    with Engine.from_model(model, TOKENIZER, config, fed=adapters.names) as engine:
+        engine.sync_weights(adapters.merged())
+        samples, theirs = rollouts(engine, 0.7, n=3)
+        forward = EngineForward(engine, adapters).token_logprobs
+        mine, grads = recomputed(forward, adapters.model, samples, 0.7)
+        assert torch.equal(mine, theirs)
+        packed = pack(samples, range(len(samples)), [0.7] * len(samples))
+        with torch.no_grad(), adapters.model.disable_adapter():
+            base, _ = forward(adapters.model, packed)
+        with engine_of(plain) as other:
+            assert torch.equal(base, EngineForward(other).token_logprobs(plain, packed)[0].detach())
+        with torch.no_grad():
+            adapters.factors(adapters.names[0])[1].mul_(2)
+            changed, _ = forward(adapters.model, packed)
+            engine.sync_weights(adapters.merged())
+            assert torch.equal(changed, forward(adapters.model, packed)[0])
+            assert not torch.equal(changed, theirs)
+            adapters.factors(adapters.names[0])[1].div_(2)
+    _, wanted = recomputed(token_logprobs, adapters.model, samples, 0.7)
+    assert grads.keys() == wanted.keys()
+    for name, grad in grads.items():
+        assert (grad - wanted[name]).norm() <= 2e-5 * wanted[name].norm(), name
+
+
 SMALL = (
     *(
         "run.steps=3",
@@ -206,9 +243,13 @@ def trained(tmp_path, *overrides):
     return told
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_has_no_mismatch(tmp_path, dtype):
-    both = ("optim.dtype=" + dtype, "engine.dtype=" + dtype)
+@pytest.mark.parametrize(
+    ("dtype", "more"), [("float32", ()), ("bfloat16", ()), ("bfloat16", ("optim.lora={r: 4}",))]
+)
+def test_a_run_has_no_mismatch(tmp_path, dtype, more):
+    if more:
+        pytest.importorskip("peft")
+    both = ("optim.dtype=" + dtype, "engine.dtype=" + dtype, *more)
     engine = trained(tmp_path / "engine", "optim.forward=engine", *both)
     module = trained(tmp_path / "hf", *both)
     for metrics in engine:
@@ -224,7 +265,7 @@ def test_a_run_has_no_mismatch(tmp_path, dtype):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.lora={r: 4}", "optim.lora"),
+        ("optim.lora={r: 4, dropout: 0.1}", "optim.lora.dropout"),
         ("optim.gradient_checkpointing=true", "optim.gradient_checkpointing"),
         ("engine.batch_invariant=false", "engine.batch_invariant"),
         ("engine.dtype=bfloat16", "engine.dtype"),

@@ -133,3 +133,18 @@ def test_a_fused_weight_hands_its_gradient_to_its_parts():
     (whole * torch.arange(5.0).unsqueeze(1)).sum().backward()
     assert parts[0].grad[:, 0].tolist() == [0, 1, 2]
     assert parts[1].grad[:, 1].tolist() == [3, 4]
+
+
+def test_a_low_rank_part_hands_it_on_to_its_factors():
+    down, up = numbers(2, 5), numbers(3, 2)
+    buffer = torch.zeros(4, 5, dtype=torch.float64)
+    other = numbers(1, 5)
+
+    def run(down, up):
+        parts = [gradients.low_rank(down, up, 0.7, torch.float64), other]
+        return gradients.fused(buffer, parts)
+
+    grad = numbers(4, 5, seed=1).detach()
+    mine = torch.autograd.grad(run(down, up), (down, up, other), grad)
+    wanted = torch.autograd.grad(torch.cat((0.7 * up @ down, other)), (down, up, other), grad)
+    torch.testing.assert_close(mine, wanted)
