@@ -116,13 +116,14 @@ class Evaluator:
                 found[key] = [self._outcome(sample) for sample in waiting.pop(key).result()]
 
         try:
-            for (budget, row), samples in self._decoded():
-                chosen = self._rows[row]
-                prompt = shown(self._engine, chosen.prompt)
-                waiting[budget, chosen.index] = self._rewards.submit(
-                    prompt, samples, chosen.columns, step=step, index=chosen.index
-                )
-                take(wait=False)
+            with closing(self._decoded()) as decoded:
+                for (budget, place), samples in decoded:
+                    row = self._rows[place]
+                    prompt = shown(self._engine, row.prompt)
+                    waiting[budget, row.index] = self._rewards.submit(
+                        prompt, samples, row.columns, step=step, index=row.index
+                    )
+                    take(wait=False)
             take(wait=True)
         except RewardError as error:
             raise RewardError(f"in the evaluation: {error}") from error
@@ -133,7 +134,7 @@ class Evaluator:
 
     # ---- decoding ----
 
-    def _decoded(self) -> Iterator[tuple[tuple[int, int], list[Sample]]]:
+    def _decoded(self) -> Generator[tuple[tuple[int, int], list[Sample]], None, None]:
         """((budget, row), its n samples) by their places, as they are complete."""
         parts: dict[tuple[int, int], dict[int, Sample]] = {}
         for shared in self._plan:
@@ -203,6 +204,8 @@ class Evaluator:
     def _that_fit(self, rows: Sequence[Row]) -> list[Row]:
         if not rows:
             raise ConfigError("an evaluation needs at least one row")
+        if len({row.index for row in rows}) < len(rows):
+            raise ConfigError("an evaluation's rows need different indices: their seeds derive from these")
         alone = _Shared(list(range(len(self._budgets))), fork=False)
         if self._fits(alone, rows):
             return list(rows)

@@ -43,6 +43,12 @@ class BudgetScore:
     cut: float
     unscorable: float
 
+    @property
+    def said(self) -> str:
+        """The accuracy, and what it costs where nothing bounds it."""
+        unlimited = self.budget.think is None and self.budget.truncate is None
+        return f"{self.accuracy:.3f}" + (f" ({self.think_tokens:.1f} tokens)" if unlimited else "")
+
 
 _FIGURES = tuple(name for name in BudgetScore.__dataclass_fields__ if name not in ("budget", "scores"))
 
@@ -79,11 +85,7 @@ class EvaluationResult:
         common = labels[0][labels[0].rfind("_") :] if "_" in labels[0] else ""
         shared = bool(common) and len(labels) > 1 and all(label.endswith(common) for label in labels)
         short = [label.removesuffix(common) if shared else label for label in labels]
-        said = [
-            f"{label} {score.accuracy:.3f}"
-            + (f" ({score.think_tokens:.1f} tokens)" if score.budget.think is None else "")
-            for label, score in zip(short, self.budgets, strict=True)
-        ]
+        said = [f"{label} {score.said}" for label, score in zip(short, self.budgets, strict=True)]
         errors = [e for score in self.budgets if math.isfinite(e := score.standard_error)]
         spread = f", ±{max(errors):.3f}" if errors else ""
         return (

@@ -189,6 +189,8 @@ def test_rows_that_do_not_fit(engine, rewards, caplog):
         Evaluator(engine, ROWS, [EvaluationBudget(think=900, solve=3)], rewards=rewards)
     with pytest.raises(ConfigError, match="names 'rihgt'; there are right, length"):
         Evaluator(engine, ROWS, BUDGETS, rewards=rewards, counted=["rihgt"])
+    with pytest.raises(ConfigError, match="different indices"):
+        Evaluator(engine, [ROWS[0], ROWS[0]], BUDGETS, rewards=rewards)
 
 
 def test_an_error_of_a_reward_aborts_what_runs(engine):
