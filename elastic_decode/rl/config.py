@@ -23,7 +23,8 @@ from elastic_decode.rl.options import (
     RolloutOptions,
 )
 
-REWARD_FACTORIES = ("l1_exact", "l1_max", "long2short", "soft_overlong")  # of rl/length_rewards.py
+# Of rl/length_rewards.py and tasks/math.py.
+REWARD_FACTORIES = ("l1_exact", "l1_max", "long2short", "soft_overlong", "math")
 LOGS = ("tensorboard", "wandb", "trackio")
 
 

@@ -11,6 +11,7 @@ from elastic_decode.errors import ConfigError
 from elastic_decode.rl import length_rewards
 from elastic_decode.rl.config import REWARD_FACTORIES, RewardOptions
 from elastic_decode.tasks import countdown
+from elastic_decode.tasks.math import MathReward
 
 Function = Callable[..., Any]
 _FACTORIES: dict[str, Callable[..., Any]] = dict(
@@ -21,6 +22,7 @@ _FACTORIES: dict[str, Callable[..., Any]] = dict(
             length_rewards.L1Max,
             length_rewards.Long2Short,
             length_rewards.SoftOverlong,
+            MathReward,
         ),
         strict=True,
     )

@@ -46,7 +46,7 @@ from typing import Any, Literal
 from elastic_decode.core import Prompt
 from elastic_decode.errors import ConfigError, RewardError
 from elastic_decode.rl.batch import Sample
-from elastic_decode.rl.reward_workers import WorkerDied, WorkerPool, WorkerTimeout
+from elastic_decode.tasks.workers import WorkerDied, WorkerPool, WorkerTimeout
 
 RewardFunction = Callable[..., Any]
 _log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Rewards:
 
     functions: one, a list, or a mapping of names to functions; names are otherwise the functions' own.
     weights: one a function, all 1 by default; a function of weight 0 is only recorded. workers: processes,
-    forked here (see `reward_workers` for what that means to memory and CUDA); 0 calls the functions in the
+    forked here (see `tasks/workers.py` for what that means to memory and CUDA); 0 calls the functions in the
     caller's thread, without a time limit. timeout: seconds of wall time for one call on one group. on_error:
     see above. Raises ConfigError.
     """

@@ -1,4 +1,5 @@
-"""Processes that reward functions run in: they can hang, crash or leak, and are killed and replaced.
+"""Processes that graders and reward functions run in: they can hang, crash or leak, and are killed and
+replaced.
 
 All of them are forked by one *nursery*, a process that is itself forked once, when the pool is made, and does
 nothing else. Forked, so that functions need not be picklable (closures, lambdas, what a notebook defines)
