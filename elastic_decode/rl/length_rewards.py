@@ -37,6 +37,11 @@ class L1Exact:
     threshold: float = 0.5
     length: str | None = None
 
+    @property
+    def needs(self) -> list[str]:
+        """Columns that the data must have."""
+        return _named(self.target, self.length)
+
     def __call__(self, **kwargs: Any) -> list[float | None]:
         right = _right(self.correct, self.threshold, kwargs)
         lengths, targets = _lengths(self.length, kwargs), _numbers(self.target, "target", kwargs)
@@ -63,6 +68,11 @@ class L1Max:
     threshold: float = 0.5
     length: str | None = None
 
+    @property
+    def needs(self) -> list[str]:
+        """Columns that the data must have."""
+        return _named(self.target, self.length)
+
     def __call__(self, **kwargs: Any) -> list[float | None]:
         right = _right(self.correct, self.threshold, kwargs)
         lengths, targets = _lengths(self.length, kwargs), _numbers(self.target, "target", kwargs)
@@ -86,6 +96,11 @@ class Long2Short:
     correct: RewardFunction
     threshold: float = 0.5
     length: str | None = None
+
+    @property
+    def needs(self) -> list[str]:
+        """Columns that the data must have."""
+        return _named(self.length)
 
     def __call__(self, **kwargs: Any) -> list[float | None]:
         right, lengths = _right(self.correct, self.threshold, kwargs), _lengths(self.length, kwargs)
@@ -124,9 +139,18 @@ class SoftOverlong:
                 f"SoftOverlong needs 0 < margin <= longest, got margin={self.margin}, longest={self.longest}"
             )
 
+    @property
+    def needs(self) -> list[str]:
+        """Columns that the data must have."""
+        return _named(self.length)
+
     def __call__(self, **kwargs: Any) -> list[float | None]:
         free = self.longest - self.margin
         return [max(-1.0, min(0.0, (free - y) / self.margin)) for y in _lengths(self.length, kwargs)]
+
+
+def _named(*sources: str | int | None) -> list[str]:
+    return [source for source in sources if isinstance(source, str)]
 
 
 def _column(name: str, kwargs: Mapping[str, Any]) -> Sequence[Any]:

@@ -12,7 +12,8 @@ Each call is about the samples of one group; every argument is a list with an en
   unlimited), `forced_share` (of the output tokens). Where the dataset has a column of that name (often
   `solution`) the column keeps it; ours is then called `completion_solution`, and so on.
 
-A function without `**columns` gets just the arguments it names. It may be async. None for a sample means that
+A function without `**columns` gets just the arguments it names; one that has an attribute `needs` needs the
+columns named there, too. It may be async. None for a sample means that
 this function has nothing to say about it.
 
 What can go wrong, and what comes of it:
@@ -391,5 +392,5 @@ def _wanted(name: str, function: RewardFunction) -> tuple[tuple[str, ...] | None
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return (
         None if takes_any else tuple(p.name for p in by_name),
-        tuple(p.name for p in by_name if p.default is p.empty),
+        tuple(p.name for p in by_name if p.default is p.empty) + tuple(getattr(function, "needs", ())),
     )

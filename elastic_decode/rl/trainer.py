@@ -31,7 +31,7 @@ from elastic_decode.errors import CheckpointError, ConfigError
 from elastic_decode.llm import Engine
 from elastic_decode.rl import checkpoint, seeds
 from elastic_decode.rl.advantage import Advantages, advantages
-from elastic_decode.rl.batch import Group, Row
+from elastic_decode.rl.batch import Group, Row, Sample
 from elastic_decode.rl.budgets import BudgetPlan
 from elastic_decode.rl.evaluation import Evaluation
 from elastic_decode.rl.exchange import exchange
@@ -367,6 +367,7 @@ def _summary(groups: Sequence[Group], graded: Advantages) -> dict[str, float]:
         "solve_tokens": sum(sample.solve_tokens for sample in samples) / count,
         "forced_tokens": sum(sum(sample.forced) for sample in samples) / count,
         "think_forced": sum(sample.think_end == "forced" for sample in samples) / count,
+        **_think_budgets(samples),
         "solve_cut": sum(sample.finish_reason in ("budget", "length") for sample in samples) / count,
     }
     names = sorted({name for sample in samples for name in sample.rewards})
@@ -374,3 +375,15 @@ def _summary(groups: Sequence[Group], graded: Advantages) -> dict[str, float]:
         values = [v for sample in samples if (v := sample.rewards.get(name)) is not None]
         found[f"reward/{name}"] = math.fsum(values) / len(values) if values else math.nan
     return found
+
+
+def _think_budgets(samples: Sequence[Sample]) -> dict[str, float]:
+    """Those that are limited."""
+    given = [sample.think_budget for sample in samples if sample.think_budget is not None]
+    if not given:
+        return {}
+    return {
+        "think_budget": sum(given) / len(given),
+        "think_budget_min": min(given),
+        "think_budget_max": max(given),
+    }

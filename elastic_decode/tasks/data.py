@@ -15,8 +15,10 @@ from typing import Any, Literal
 from elastic_decode.core import Prompt
 from elastic_decode.errors import ConfigError
 from elastic_decode.tasks import countdown
+from elastic_decode.tasks.l1 import Wish
 
 FILES = (".jsonl", ".json", ".parquet")
+TARGET = "target_tokens"  # the column of the number of tokens that a prompt asks for
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,8 @@ class DataOptions:
     the name found in the data; the prompt is `prompt`. prefix, suffix: put around prompts that are strings.
     chat: these become a user's message for the chat template, behind `system` if there is one. duplicates:
     what to do with rows that are equal in everything. limit: only the first so many rows. shuffle: another
-    order each epoch, by run.seed.
+    order each epoch, by run.seed. wish: a number of tokens that each prompt asks for (see tasks/l1.py), for
+    the rewards l1_exact and l1_max.
     """
 
     source: str
@@ -52,6 +55,7 @@ class DataOptions:
     duplicates: Literal["error", "keep", "drop"] = "error"
     limit: int | None = None
     shuffle: bool = True
+    wish: Wish | None = None
 
     def __post_init__(self) -> None:
         if not self.source:
@@ -94,6 +98,11 @@ def rows_from(records: Sequence[Mapping[str, Any]], options: DataOptions) -> lis
             if options.duplicates == "drop":
                 continue
         seen.setdefault(key, index)
+        if options.wish is not None:
+            if TARGET in renamed:
+                raise ConfigError(f"{where}: data.wish makes a column {TARGET!r}, and there is one already")
+            renamed[TARGET] = options.wish.of(index)
+            prompt = options.wish.said(prompt, renamed[TARGET])
         rows.append(Row(len(rows), prompt, renamed))
     if repeated and options.duplicates == "error":
         first, second = repeated[0]
