@@ -9,7 +9,6 @@ of leaving the others to wait.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,16 +21,19 @@ import torch.distributed as dist
 from elastic_decode.errors import ConfigError, RankError
 
 T = TypeVar("T")
+# What gloo and NCCL say in errors that are plain RuntimeErrors.
+_LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Timed out")
 
 
 class World:
-    """`size` processes, of which this one is `rank`. One alone has nothing to say: then nothing costs.
+    """`size` processes, of which this one is `rank` and trains on `device`. One alone has nothing to say, and
+    then nothing costs.
 
     Raises RankError, from any method, where another process failed or cannot be reached.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu") -> None:
+        self.rank, self.size, self.device = rank, size, device
         self._broken: str | None = None
 
     @property
@@ -84,6 +86,19 @@ class World:
         if self.size > 1:
             self._agree(doing, None)
 
+    @contextmanager
+    def listening(self, doing: str) -> Iterator[None]:
+        """Around what torch itself exchanges (gradients, shards): where another rank went away in the middle,
+        a RankError says so. An error of this rank's own is let through.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST)
+            if self.size == 1 or isinstance(error, RankError) or not lost:
+                raise
+            raise self._unreachable(doing, error) from error
+
     def _agree(self, doing: str, failure: str | None) -> None:
         said = self.gather(failure)
         failed = [f"rank {rank}: {text}" for rank, text in enumerate(said) if text is not None]
@@ -99,11 +114,14 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            self._broken = f"rank {self.rank} cannot reach the others any more ({doing}: {error})"
-            raise RankError(
-                f"{self._broken}. Another process ended, hangs or is slower than distributed.timeout; the "
-                "first error in the ranks' output is the cause"
-            ) from error
+            raise self._unreachable(doing, error) from error
+
+    def _unreachable(self, doing: str, error: Exception) -> RankError:
+        self._broken = f"rank {self.rank} cannot reach the others any more ({doing}: {error})"
+        return RankError(
+            f"{self._broken}. Another process ended, hangs or is slower than distributed.timeout; the first "
+            "error in the ranks' output is the cause"
+        )
 
 
 def whole(tensor: Any) -> torch.Tensor:
@@ -150,9 +168,6 @@ def joined(device: str, *, timeout: float = 1800.0) -> Iterator[World]:
     if not started():
         yield World()
         return
-    # What all ranks find out alike is said once.
-    quiet = logging.getLogger("elastic_decode.rl.refill")
-    level = quiet.level
     there = dist.is_initialized()
     if torch.device(device).type == "cuda":
         torch.cuda.set_device(device)
@@ -160,16 +175,12 @@ def joined(device: str, *, timeout: float = 1800.0) -> Iterator[World]:
         # Objects go by gloo, whatever the device: they are in the host's memory.
         backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    world = World(dist.get_rank(), dist.get_world_size())
-    quiet.setLevel(level if world.main else logging.ERROR)
     try:
-        yield world
+        yield World(dist.get_rank(), dist.get_world_size(), device)
     except BaseException:
         # gloo tells the others at once; NCCL would wait for them, and ends with the process.
         if not there and torch.device(device).type == "cpu":
             dist.destroy_process_group()
         raise
-    finally:
-        quiet.setLevel(level)
     if not there:
         dist.destroy_process_group()

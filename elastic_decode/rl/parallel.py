@@ -153,11 +153,13 @@ class Sharded(Parallel):
             yield name, whole(parameter.detach())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
+        tied = dict(self.model.named_parameters(remove_duplicate=False)).keys() - set(self.names)
         found = {}
         for name, tensor in self.model.state_dict().items():
-            full = whole(tensor)
-            if self.world.main:
-                found[name] = full.cpu()
+            if name not in tied:
+                full = whole(tensor)
+                if self.world.main:
+                    found[name] = full.cpu()
         return found
 
     def frozen(self, model: Any) -> Parallel:
@@ -167,8 +169,7 @@ class Sharded(Parallel):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        device = "cuda" if torch.cuda.is_available() and torch.distributed.get_backend() != "gloo" else "cpu"
-        mesh = init_device_mesh(device, (self.world.size,))
+        mesh = init_device_mesh(torch.device(self.world.device).type, (self.world.size,))
         precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         policy = Policy(model)
         for layer in model.model.layers:

@@ -182,7 +182,8 @@ class GRPOTrainer:
             warmup=options.warmup,
             steps=options.steps,
         )
-        with self._asleep(), self._noise():
+        doing = f"the update of step {self.step}"
+        with self.world.listening(doing), self._asleep(), self._noise():
             changes = update(
                 self.model,
                 self.optimizer,
