@@ -22,10 +22,16 @@ def test_the_plan(capsys):
         "lr 0.0002, constant",
         "10 = 0.08 epochs",
         "hold the same storage",
+        "the Hugging Face module: its log-probabilities",
         "AdamW's moments",
         "every 100 steps, before the first, after the last; 100 of countdown, split test: 628 rows, x 1",
     ):
         assert part in said
+
+
+def test_the_plan_of_a_forward_pass_by_the_engine(capsys):
+    assert main(["train", "--config", TOY, "--dry-run", "optim.forward=engine"]) == 0
+    assert "log-probabilities equal a rollout's bit for bit" in capsys.readouterr().out
 
 
 def test_the_plan_of_dynamic_sampling(capsys):
