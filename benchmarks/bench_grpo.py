@@ -37,9 +37,8 @@ SKIPPED = 5  # steps at the beginning that are not timed
 
 def load(name: str, seed: int, steps: int, folder: str, overrides: Sequence[str]) -> GRPOConfig:
     """The toy recipe as an arm runs it."""
-    own = [grpo.ARMS[name][1]] if name == "ours" else []
     run = [f"run.seed={seed}", f"run.steps={steps}", f"run.folder={folder}"]
-    return load_config(TOY, [*own, *overrides, *run])
+    return load_config(TOY, [*grpo.ARMS[name].overrides, *overrides, *run])
 
 
 def run_one(arguments: argparse.Namespace) -> int:
@@ -64,17 +63,15 @@ def run_one(arguments: argparse.Namespace) -> int:
         wait()
 
     name = arguments.one
-    arm = grpo.arm(name)
-    more = {} if name.startswith("ours") else {"way": grpo.ARMS[name][1]}
     wait()
     with tempfile.TemporaryDirectory() as folder:
         # One step more than is asked for: the last one asked for is told before anything ends.
         config = load(name, arguments.seeds[0], arguments.steps + 1, folder, arguments.set)
-        arm.train(config, tell, **more)
+        grpo.arm(name).train(config, tell, way=grpo.ARMS[name].way)
     return 0
 
 
-class Arm:
+class Process:
     """A process that makes steps when it is told to."""
 
     def __init__(self, name: str, seed: int, options: Sequence[str], threads: int) -> None:
@@ -118,7 +115,7 @@ class Arm:
 
 def turns(names: Sequence[str], seed: int, options: Sequence[str], arguments: Any) -> list[dict[str, Any]]:
     """All arms of a seed, taking turns, changing who begins; a row each."""
-    arms = [Arm(name, seed, options, arguments.threads) for name in names]
+    arms = [Process(name, seed, options, arguments.threads) for name in names]
     took: dict[str, list[float]] = {name: [] for name in names}
     try:
         done = 0
@@ -163,7 +160,7 @@ def row(
         **medians,
         "times_ours": round(statistics.median(a / b for a, b in pairs), 2) if pairs else None,
         "settings": arguments.set,
-        **(grpo.arm(name).versions() if name.startswith("trl") else {}),
+        **grpo.arm(name).versions(),
         **(harness.facts() | {"threads": arguments.threads}),
     }
 
@@ -198,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--arms", nargs="+", choices=grpo.ARMS, default=list(grpo.ARMS))
+    parser.add_argument("--arms", nargs="+", choices=grpo.ARMS, default=list(grpo.PEERS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -2,7 +2,8 @@
 
 An arm is a module with
     why_unavailable() -> str        why it cannot run here, in one line; empty where it can
-    train(config, tell) -> None     runs the steps of `config`, and calls `tell` after each; time in `tell` is
+    train(config, tell, way=...) -> None
+                                    runs the steps of `config`, and calls `tell` after each; time in `tell` is
                                     not a step's
 """
 
@@ -16,16 +17,31 @@ from types import ModuleType
 from elastic_decode.rl.config import GRPOConfig
 from elastic_decode.tasks import countdown
 
-# name -> (module, what is special about it)
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """module: in this folder. way: which of its ways. overrides: of the configuration."""
+
+    module: str
+    way: str = ""
+    overrides: tuple[str, ...] = ()
+
+
+# TRL keeps groups without a spread of rewards in its denominators; the recipe leaves them out.
+_KEEP_FLAT = "objective.drop_flat=false"
 ARMS = {
-    "ours": (
-        "grpo_ours",
-        "objective.drop_flat=false",
-    ),  # TRL keeps groups without a spread in its denominators
-    "ours_recipe": ("grpo_ours", ""),  # as recipes/toy.yaml says it: such groups are left out
-    "trl_budgets": ("grpo_trl", "budgets"),
-    "trl_truncated": ("grpo_trl", "truncated"),
+    "ours": Arm(module="grpo_ours", overrides=(_KEEP_FLAT,)),
+    "ours_recipe": Arm(module="grpo_ours"),
+    "trl_budgets": Arm(module="grpo_trl", way="budgets"),
+    "trl_truncated": Arm(module="grpo_trl", way="truncated"),
+    # As `ours`, with samples laid end to end where rows are cheaper; 256 tokens suit that best.
+    "ours_end_to_end": Arm(
+        module="grpo_ours",
+        way="end to end",
+        overrides=(_KEEP_FLAT, "optim.max_tokens_per_microbatch=256"),
+    ),
 }
+PEERS = ("ours", "ours_recipe", "trl_budgets", "trl_truncated")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +69,7 @@ Tell = Callable[[Step], None]
 
 
 def arm(name: str) -> ModuleType:
-    return importlib.import_module(f"peers.{ARMS[name][0]}")
+    return importlib.import_module(f"peers.{ARMS[name].module}")
 
 
 def budgets(config: GRPOConfig) -> tuple[int, int]:

@@ -1,4 +1,8 @@
-"""This project's trainer, as `elastic-decode train` runs it."""
+"""This project's trainer, as `elastic-decode train` runs it.
+
+The way "end to end" lays a micro-batch's samples end to end, as the trainer does where the attention kernel
+knows where sequences end; here it does not.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,16 @@ def why_unavailable() -> str:
     return ""
 
 
-def train(config: GRPOConfig, tell: Tell) -> None:
+def versions() -> dict[str, str]:
+    return {}
+
+
+def train(config: GRPOConfig, tell: Tell, *, way: str) -> None:
+    from elastic_decode.rl import update
     from elastic_decode.rl.assemble import assemble
 
+    if way == "end to end":
+        update.attends_in_rows = lambda model: False  # type: ignore[assignment]
     with assemble(config) as parts:
         trainer = parts.trainer
         rollout, spent = trainer._rollout, 0.0
