@@ -2,6 +2,7 @@
 
     make bench-grpo                          # makes .venv-trl, an environment with TRL, and runs this in it
     make bench-grpo ARGS="--arms ours trl_budgets --seeds 0 --steps 20"
+    make bench-grpo ARGS=--check             # one step's samples into both trainers: are the gradients equal?
 
 Every arm is a process that keeps its state and waits for its turn, a few steps each, so that what else the
 machine does meets all of them. Same base, prompts in the same order, group size, objective, optimizer and
@@ -68,6 +69,20 @@ def run_one(arguments: argparse.Namespace) -> int:
         # One step more than is asked for: the last one asked for is told before anything ends.
         config = load(name, arguments.seeds[0], arguments.steps + 1, folder, arguments.set)
         grpo.arm(name).train(config, tell, way=grpo.ARMS[name].way)
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> int:
+    from peers import grpo_gradient
+
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        config = load("ours", arguments.seeds[0], 1, folder, arguments.set)
+        found = grpo_gradient.compare(config, folder)
+    print(
+        f"norms of the gradients: ours {found.norms[0]:.6f}, TRL's {found.norms[1]:.6f}; relative difference "
+        f"{found.apart:.1e}, {found.turned:.1e} of it in direction"
+    )
     return 0
 
 
@@ -202,7 +217,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="of the configuration")
     parser.add_argument("--dry", action="store_true", help="print only; append nothing")
     parser.add_argument("--one", choices=grpo.ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--check", action="store_true", help="compare gradients; nothing is timed")
     arguments = parser.parse_args(argv)
+    if arguments.check:
+        return check(arguments)
     if arguments.one:
         return run_one(arguments)
     names = []

@@ -48,7 +48,7 @@ def train(config: GRPOConfig, tell: Tell, *, way: str) -> None:
     from elastic_decode.assets import tiny_model_path
     from elastic_decode.rl import data
 
-    rollout, optim, objective = config.rollout, config.optim, config.objective
+    rollout = config.rollout
     think, solve = grpo.budgets(config)
     rows, _ = data.load(config.data, seed=config.run.seed).batch(
         0, config.run.steps * rollout.prompts_per_step
@@ -116,46 +116,11 @@ def train(config: GRPOConfig, tell: Tell, *, way: str) -> None:
             )
             clock.start()
 
-    samples = rollout.prompts_per_step * rollout.group_size
     with tempfile.TemporaryDirectory() as folder:
-        arguments = trl.GRPOConfig(
-            output_dir=folder,
-            use_cpu=True,
-            bf16=False,
-            seed=config.run.seed,
-            max_steps=config.run.steps,
-            per_device_train_batch_size=SAMPLES_A_PASS,
-            gradient_accumulation_steps=samples // SAMPLES_A_PASS,
-            num_generations=rollout.group_size,
-            max_completion_length=think + 1 + solve,
-            shuffle_dataset=False,
-            temperature=rollout.sampling.temperature,
-            top_p=1.0,
-            top_k=0,
-            loss_type="dapo",
-            scale_rewards="group",
-            epsilon=objective.clip_low,
-            epsilon_high=objective.clip_high,
-            beta=objective.kl,
-            num_iterations=1,
-            learning_rate=optim.lr,
-            lr_scheduler_type="constant",
-            warmup_steps=0,
-            adam_beta1=optim.betas[0],
-            adam_beta2=optim.betas[1],
-            adam_epsilon=optim.eps,
-            weight_decay=optim.weight_decay,
-            max_grad_norm=optim.grad_clip,
-            gradient_checkpointing=False,
-            report_to="none",
-            logging_strategy="no",
-            save_strategy="no",
-            disable_tqdm=True,
-        )
         trainer = Timed(
             model=model,
             reward_funcs=reward,
-            args=arguments,
+            args=settings(config, folder),
             train_dataset=Dataset.from_list([{"prompt": row.prompt, **row.columns} for row in rows]),
             processing_class=tokenizer,
             callbacks=[Report()],
@@ -163,6 +128,51 @@ def train(config: GRPOConfig, tell: Tell, *, way: str) -> None:
         )
         clock.start()
         trainer.train()
+
+
+def settings(config: GRPOConfig, folder: str) -> Any:
+    """TRL's GRPOConfig of a configuration."""
+    import trl
+
+    rollout, optim, objective = config.rollout, config.optim, config.objective
+    samples = rollout.prompts_per_step * rollout.group_size
+    passed = min(SAMPLES_A_PASS, samples)
+    if samples % passed:
+        raise SystemExit(f"TRL: {samples} samples a step are no multiple of {passed} in a pass")
+    return trl.GRPOConfig(
+        output_dir=folder,
+        use_cpu=True,
+        bf16=False,
+        seed=config.run.seed,
+        max_steps=config.run.steps,
+        per_device_train_batch_size=passed,
+        gradient_accumulation_steps=samples // passed,
+        num_generations=rollout.group_size,
+        max_completion_length=sum(grpo.budgets(config)) + 1,
+        shuffle_dataset=False,
+        temperature=rollout.sampling.temperature,
+        top_p=1.0,
+        top_k=0,
+        loss_type="dapo",
+        scale_rewards="group",
+        epsilon=objective.clip_low,
+        epsilon_high=objective.clip_high,
+        beta=objective.kl,
+        num_iterations=1,
+        learning_rate=optim.lr,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        adam_epsilon=optim.eps,
+        weight_decay=optim.weight_decay,
+        max_grad_norm=optim.grad_clip,
+        gradient_checkpointing=False,
+        report_to="none",
+        logging_strategy="no",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
 
 
 def _solution(tokenizer: Any, output: list[int], ids: hf_budgets.Ids) -> str:
