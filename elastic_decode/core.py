@@ -168,8 +168,8 @@ class Request:
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
     """One token of one sample. `text` is what this token adds to the printable text (never half a UTF-8
-    character; "" while one is incomplete). `finish_reason` is set on a sample's last event; an aborted sample
-    ends with an event whose token_id is None.
+    character; "" while one is incomplete). `finish_reason` is set on a sample's last event, and so is
+    `completion`, the whole sample; an aborted sample ends with an event whose token_id is None.
     """
 
     request_id: str
@@ -181,6 +181,7 @@ class TokenEvent:
     forced: bool
     logprob: float
     finish_reason: FinishReason | None = None
+    completion: Completion | None = field(default=None, repr=False)
 
 
 @dataclass(slots=True)

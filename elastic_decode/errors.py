@@ -36,6 +36,8 @@ class BackendUnproven(ElasticDecodeError, RuntimeError):
 class NonFiniteLogits(ElasticDecodeError, RuntimeError):
     """A row's logits held no finite candidate to draw from."""
 
+    request_id: str | None = None  # the one request that this ends
+
 
 class WeightsRebound(ElasticDecodeError, RuntimeError):
     """A parameter of the shared module no longer points into the engine's buffers."""

@@ -33,6 +33,7 @@ from elastic_decode.models import hub
 from elastic_decode.models.layout import Weights, named_tensors
 from elastic_decode.models.sharing import SharedWeights, copy_in, share_module
 from elastic_decode.models.weights import choose_dtype, load_checkpoint, stored_dtype
+from elastic_decode.vocabulary import Vocabulary
 
 AnyBudget = Budget | Policy
 _CLOSED = "this engine is closed; make a new one"
@@ -281,6 +282,14 @@ class Engine:
             self._runner.add(group)
         return request_id
 
+    def prompt_token_ids(self, request_id: str) -> list[int]:
+        """The token ids that a request is decoded from, while it has not finished. Raises ConfigError."""
+        if self._closed:
+            raise EngineClosed(_CLOSED)
+        if request_id not in self._runner.groups:
+            raise ConfigError(f"request_id {request_id!r} is of no request that waits or runs")
+        return list(self._runner.groups[request_id].prompt_ids)
+
     def step(self) -> list[TokenEvent]:
         """Advance everything once; the new events of submitted requests (perhaps none)."""
         self._ready(between_steps=True)
@@ -331,6 +340,13 @@ class Engine:
         return True
 
     # ---- the engine itself ----
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What each token prints, as bytes."""
+        if self._closed:
+            raise EngineClosed(_CLOSED)
+        return self._intake.vocabulary
 
     def encode(self, prompt: Prompt, *, chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
         """The token ids that a prompt is decoded from: `Generation.prompt_token_ids`."""

@@ -1,4 +1,4 @@
-"""The command line: `elastic-decode generate|demo|train|eval|info`.
+"""The command line: `elastic-decode generate|demo|train|eval|serve|info`.
 
 Exit codes: 0 done, 1 failed (a message says why), 2 arguments that do not parse, 130 interrupted.
 """
@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from elastic_decode.cli import demo, eval, generate, info, train
+from elastic_decode.cli import demo, eval, generate, info, serve, train
 from elastic_decode.errors import ElasticDecodeError
 
 _DESCRIPTION = """Decode reasoning models under separate budgets: at most --think sampled tokens of thinking,
@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (generate, demo, train, eval, info):
+    for command in (generate, demo, train, eval, serve, info):
         command.add_parser(commands)
     return top
 

@@ -183,9 +183,8 @@ class Delivery:
         held = sequence.scanner.push(rest)
         return held + sequence.scanner.flush()
 
-    @staticmethod
     def _event(
-        group: Group, sequence: Sequence, token: int | None, text: str, forced: bool, logprob: float
+        self, group: Group, sequence: Sequence, token: int | None, text: str, forced: bool, logprob: float
     ) -> TokenEvent:
         phase = sequence.phases[-1] if sequence.phases else group.start_phase
         return TokenEvent(
@@ -198,6 +197,7 @@ class Delivery:
             forced,
             logprob,
             sequence.finish_reason,
+            None if sequence.finish_reason is None else self._completion(sequence),
         )
 
     def _close(self, sequence: Sequence) -> None:
@@ -215,13 +215,13 @@ class Delivery:
             other.finish_reason = other.finish_reason or "abort"
         group.unfinished = 0
         group.sink.open_groups -= 1
-        group.sink.put(
-            NonFiniteLogits(
-                f"request {group.request_id}, sample {sequence.sample}: after {len(sequence.token_ids)} "
-                "output tokens the model's logits hold NaN or no finite value; check the weights, or the "
-                "dtype (float16 overflows where bfloat16 does not)"
-            )
+        error = NonFiniteLogits(
+            f"request {group.request_id}, sample {sequence.sample}: after {len(sequence.token_ids)} "
+            "output tokens the model's logits hold NaN or no finite value; check the weights, or the "
+            "dtype (float16 overflows where bfloat16 does not)"
         )
+        error.request_id = group.request_id
+        group.sink.put(error)
 
     def _generation(self, group: Group) -> Generation:
         if group.think_at:

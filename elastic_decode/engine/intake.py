@@ -52,7 +52,7 @@ class Intake:
     ) -> None:
         self._tokenizer = tokenizer
         self._delimiters = delimiters
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._page_size = page_size
@@ -120,7 +120,7 @@ class Intake:
             prompt,
             delimiters,
             vocab_size=self._vocab_size,
-            vocabulary=self._vocabulary,
+            vocabulary=self.vocabulary,
             template_kwargs=template_kwargs,
         )
 
@@ -200,7 +200,7 @@ class Intake:
         return automata.compile(
             policy.program(group.delimiters, self._tokenizer),
             group.delimiters,
-            self._vocabulary,
+            self.vocabulary,
             self._vocab_size,
             max_new=self._max_model_len - len(group.prompt_ids),
             start=group.start_phase,
