@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from elastic_decode.core import Completion, Request, TokenEvent
-from elastic_decode.errors import NonFiniteLogits
+from elastic_decode.errors import ConfigError, NonFiniteLogits
 from elastic_decode.llm import Engine
 from elastic_decode.server.errors import RequestError
 from elastic_decode.server.metrics import Metrics
@@ -147,7 +147,7 @@ class EngineThread:
         self._metrics = metrics
         self.limit = limit
         self._commands: queue.SimpleQueue[object] = queue.SimpleQueue()
-        self._tickets: set[Ticket] = set()
+        self.tickets: set[Ticket] = set()
         self._running: dict[str, Ticket] = {}
         self._asked: set[asyncio.Future[object]] = set()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
@@ -169,7 +169,7 @@ class EngineThread:
     @property
     def open_samples(self) -> int:
         """Samples taken on and not finished, those about to be aborted among them."""
-        return sum(ticket.open_samples for ticket in self._tickets)
+        return sum(ticket.open_samples for ticket in self.tickets)
 
     def submit(self, requests: Sequence[Request], *, streams: bool) -> Ticket:
         """All requests of one HTTP request, of equal n. Raises RequestError where there is no room now (429)
@@ -194,7 +194,7 @@ class EngineThread:
                 headers={"Retry-After": "1"},
             )
         ticket = Ticket(self, requests, streams=streams)
-        self._tickets.add(ticket)
+        self.tickets.add(ticket)
         self._commands.put(_Submit(ticket, requests))
         return ticket
 
@@ -230,7 +230,7 @@ class EngineThread:
         self._forget(ticket)
 
     def _forget(self, ticket: Ticket) -> None:
-        self._tickets.discard(ticket)
+        self.tickets.discard(ticket)
         for request_id in ticket.request_ids:
             self._running.pop(request_id, None)
 
@@ -253,7 +253,7 @@ class EngineThread:
 
     def _ended(self, failure: BaseException | None) -> None:
         self.failure = failure
-        for ticket in list(self._tickets):
+        for ticket in list(self.tickets):
             self._refused(ticket, self._broken())
         for answer in self._asked:
             if not answer.done():
@@ -303,13 +303,19 @@ class EngineThread:
             for index, request in enumerate(command.requests):
                 request_id = self._engine.submit(request)
                 ids[request_id] = index
-                tokens += len(self._engine.prompt_token_ids(request_id))
+                tokens += self._prompt_tokens(request_id, request)
         except Exception as error:
             for request_id in ids:
                 self._engine.abort(request_id)
             self._post(self._refused, ticket, error)
         else:
             self._post(self._accepted, ticket, tokens)
+
+    def _prompt_tokens(self, request_id: str, request: Request) -> int:
+        try:
+            return len(self._engine.prompt_token_ids(request_id))
+        except ConfigError:  # it was over before it began: past thinking already, and no solution budget
+            return len(self._engine.encode(request.prompt, chat_template_kwargs=request.chat_template_kwargs))
 
     def _answer(self, command: _Ask) -> None:
         answer = command.answer

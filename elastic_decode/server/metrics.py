@@ -88,9 +88,11 @@ class Metrics:
             return
         if first:
             self._first.observe(since)
+            steps, since = len(drawn) - 1, 0.0  # what came with the first token took no longer
         else:
-            for _ in drawn:
-                self._between.observe(since / len(drawn))
+            steps, since = len(drawn), since / len(drawn)
+        for _ in range(steps):
+            self._between.observe(since)
         for (phase, forced), count in Tally((event.phase, event.forced) for event in drawn).items():
             self._tokens.labels(phase.value, "forced" if forced else "sampled").inc(count)
 

@@ -81,6 +81,10 @@ class Running:
             assert time.monotonic() < end, "it never came to that"
             self.stats()
 
+    def all_cancelled(self) -> bool:
+        """Whether the server has noticed that nobody waits for anything any more."""
+        return all(ticket.cancelled for ticket in self.thread.tickets)
+
     def metric(self, sample: str) -> float:
         """The value of a line of /metrics, like 'elastic_decode_rows_running'."""
         lines = dict(line.rsplit(" ", 1) for line in self.http.get("/metrics").text.splitlines())
