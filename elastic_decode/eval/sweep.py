@@ -239,18 +239,24 @@ def beginning(completion: Completion, total: int, engine: Engine) -> Completion:
 
 
 def grade_cells(grade: Grade, row: Row, cells: Sequence[Cell]) -> list[float | None]:
-    """Scores of one row's completions. Raises ConfigError where the grader gives another number of them."""
+    """Scores of one row's completions. A column of the data keeps its name: the completion's is then called
+    `completion_solution`, and so on, as in training. Raises ConfigError where the grader gives another number
+    of scores.
+    """
     found = [completion for _, completion, _ in cells]
     columns = {name: [value] * len(found) for name, value in row.columns.items()}
+    ours: dict[str, list[Any]] = {
+        "thinking": [completion.thinking for completion in found],
+        "solution": [completion.solution for completion in found],
+        "think_end": [completion.think_end for completion in found],
+        "finish_reason": [completion.finish_reason for completion in found],
+    }
     scores = list(
         grade(
             prompts=[row.prompt] * len(found),
             completions=[completion.text for completion in found],
             completion_ids=[completion.token_ids for completion in found],
-            thinking=[completion.thinking for completion in found],
-            solution=[completion.solution for completion in found],
-            think_end=[completion.think_end for completion in found],
-            finish_reason=[completion.finish_reason for completion in found],
+            **{f"completion_{name}" if name in columns else name: values for name, values in ours.items()},
             **columns,
         )
     )

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -39,36 +40,13 @@ def gold_answers(value: Any, form: GoldForm = "as_is") -> list[str]:
 @dataclass(frozen=True, kw_only=True)
 class MathSet:
     """How a dataset is written. source: its id on the Hugging Face hub, or its name where there are several.
-    prompt, answer: the columns, the first of them that is there. gold: what the answer column holds (see
-    `gold_answers`).
+    prompt, answer: the columns. gold: what the answer column holds (see `gold_answers`).
     """
 
     source: str
-    prompt: tuple[str, ...] = ("problem", "question")
-    answer: tuple[str, ...] = ("answer",)
+    prompt: str = "problem"
+    answer: str = "answer"
     gold: GoldForm = "as_is"
-    suffix: str = SUFFIX
-
-    def columns(self, record: Mapping[str, Any]) -> tuple[str, str]:
-        """The names of the prompt's and the answer's column. ConfigError where there is none."""
-        return self._column("prompt", self.prompt, record), self._column("answer", self.answer, record)
-
-    def question(self, record: Mapping[str, Any]) -> str:
-        """The prompt, with the instruction to box the answer."""
-        return f"{record[self.columns(record)[0]]}{self.suffix}"
-
-    def golds(self, record: Mapping[str, Any]) -> list[str]:
-        """The acceptable answers."""
-        return gold_answers(record[self.columns(record)[1]], self.gold)
-
-    def _column(self, what: str, names: Sequence[str], record: Mapping[str, Any]) -> str:
-        for name in names:
-            if name in record:
-                return name
-        raise ConfigError(
-            f"{self.source}: no column for the {what}; expected {' or '.join(names)}, "
-            f"there are: {', '.join(map(str, record)) or 'none'}"
-        )
 
 
 # Files of the paper's repository have the columns problem and answer throughout; on the hub they differ.
@@ -76,10 +54,10 @@ SETS: dict[str, MathSet] = {
     "aime": MathSet(source="AIME"),
     "amc": MathSet(source="AMC"),
     "math500": MathSet(source="HuggingFaceH4/MATH-500"),
-    "math": MathSet(source="EleutherAI/hendrycks_math", answer=("solution",), gold="boxed"),
-    "minerva": MathSet(source="math-ai/minervamath"),
-    "olympiadbench": MathSet(source="Hothan/OlympiadBench", answer=("final_answer", "answer")),
-    "gsm8k": MathSet(source="openai/gsm8k", gold="hash"),
+    "math": MathSet(source="EleutherAI/hendrycks_math", answer="solution", gold="boxed"),
+    "minerva": MathSet(source="math-ai/minervamath", prompt="question"),
+    "olympiadbench": MathSet(source="Hothan/OlympiadBench", prompt="question", answer="final_answer"),
+    "gsm8k": MathSet(source="openai/gsm8k", prompt="question", gold="hash"),
     "deepscaler": MathSet(source="agentica-org/DeepScaleR-Preview-Dataset"),
 }
 
@@ -126,13 +104,24 @@ class MathReward:
         object.__setattr__(self, "__signature__", inspect.Signature(parameters))
 
     def __call__(self, **columns: Any) -> list[float | None]:
+        return self.graded_by(_grader(float(self.limit), float(self.tolerance)), columns)
+
+    def graded_by(self, grader: Grader, columns: Mapping[str, Any]) -> list[float | None]:
+        """The same by processes that somebody else makes and closes, and with their limit and tolerance."""
         solutions = _ours("solution", columns)
         rows = zip(solutions, _ours("thinking", columns), _ours("think_end", columns), strict=True)
         answers = [
             None if _unclosed(thinking, end) else extract(text, self.where) for text, thinking, end in rows
         ]
         golds: list[Gold] = [gold_answers(value, self.gold) for value in columns[self.answer]]
-        return _grader(float(self.limit), float(self.tolerance)).grade(answers, golds, patience=self.patience)
+        return grader.grade(answers, golds, patience=self.patience)
+
+
+@contextmanager
+def grading(reward: MathReward, workers: int = 2) -> Iterator[Callable[..., list[float | None]]]:
+    """`reward` as a function whose processes are made here and end with the `with`."""
+    with Grader(workers=workers, limit=reward.limit, tolerance=reward.tolerance) as grader:
+        yield lambda **columns: reward.graded_by(grader, columns)
 
 
 def _ours(name: str, columns: Mapping[str, Any]) -> Sequence[Any]:

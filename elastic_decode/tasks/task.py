@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -10,6 +12,7 @@ from typing import Any
 from elastic_decode.errors import ConfigError
 from elastic_decode.tasks import countdown
 from elastic_decode.tasks.data import DataOptions, Row, load_rows
+from elastic_decode.tasks.math import SETS, SUFFIX, MathReward, grading
 
 # A reward function in TRL's signature, with a list a column: scores, None where grading itself failed.
 Grade = Callable[..., Sequence[float | None]]
@@ -69,7 +72,23 @@ def _countdown() -> Task:
     )
 
 
-TASKS: dict[str, Callable[[], Task]] = {"countdown": _countdown}
+def _math(name: str) -> Task:
+    known = SETS[name]
+    reward = MathReward(answer=known.answer, gold=known.gold, patience=math.inf)
+    return Task(
+        name=name,
+        data=None,
+        columns=(known.answer,),
+        grader=lambda: grading(reward),
+        suffix=SUFFIX,
+        column_of={"prompt": known.prompt},
+    )
+
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "countdown": _countdown,
+    **{name: functools.partial(_math, name) for name in SETS},
+}
 
 
 def task(name: str) -> Task:

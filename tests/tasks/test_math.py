@@ -1,5 +1,6 @@
 """The math task: sets, gold answers, the pool's limits, and the reward as a function of columns."""
 
+import json
 import os
 import sys
 import time
@@ -8,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from elastic_decode.errors import ConfigError
+from elastic_decode.eval.sweep import grade_cells
 from elastic_decode.rl.config import RewardOptions
 from elastic_decode.rl.reward_names import resolve
 from elastic_decode.tasks import math_grader
 from elastic_decode.tasks.math import SETS, SUFFIX, MathReward, gold_answers
 from elastic_decode.tasks.math_answers import extract
 from elastic_decode.tasks.math_grader import Grader, compare, explosive
+from elastic_decode.tasks.task import task
 
 pytest.importorskip("math_verify")
 HANGS = [r"\binom{10^{9}}{500000}", r"\binom{10^{9}}{600000}"]  # one call into C, for hours
@@ -34,22 +37,41 @@ def test_gold_answers():
             gold_answers(wrong)
 
 
-def test_sets_find_their_columns():
-    assert SETS["aime"].question({"problem": "Q?", "answer": "025"}) == f"Q?{SUFFIX}"
-    assert SETS["amc"].golds({"problem": "Q?", "answer": 142.0}) == ["142"]
-    assert SETS["gsm8k"].golds({"question": "Q?", "answer": "text\n#### 1,200"}) == ["1,200"]
-    assert SETS["olympiadbench"].golds({"question": "Q?", "final_answer": ["$2$"], "solution": ["…"]}) == [
-        "$2$"
-    ]
-    assert SETS["math"].golds({"problem": "Q?", "solution": r"\boxed{3}"}) == ["3"]
-    assert SETS["deepscaler"].columns({"problem": "Q", "answer": "1", "solution": "s"}) == (
-        "problem",
-        "answer",
-    )
-    with pytest.raises(
-        ConfigError, match=r"MATH-500.*for the answer; expected answer, there are: problem, gold"
-    ):
-        SETS["math500"].golds({"problem": "Q?", "gold": "3"})
+SAMPLES = {
+    "aime": {"problem": "Q?", "solution": "long", "answer": "025"},
+    "amc": {"problem": "Q?", "answer": 25.0, "url": "u"},
+    "math500": {"problem": "Q?", "answer": "25", "solution": "s"},
+    "math": {"problem": "Q?", "solution": r"hence $\boxed{25}$"},
+    "minerva": {"question": "Q?", "answer": "25"},
+    "olympiadbench": {"question": "Q?", "final_answer": ["$25$"], "solution": ["s"]},
+    "gsm8k": {"question": "Q?", "answer": "5 x 5\n#### 25"},
+    "deepscaler": {"problem": "Q?", "answer": "25", "solution": "s"},
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_set_is_a_task(name, tmp_path):
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([SAMPLES[name]]))
+    (row,) = task(name).rows(str(data))
+    assert row.prompt == [{"role": "user", "content": f"Q?{SUFFIX}"}]
+    found = [Completion(solution) for solution in (r"\boxed{25}", r"\boxed{52}", r"\boxed{\sqrt{625}}")]
+    with task(name).grader() as grade:
+        assert grade_cells(grade, row, [(None, completion, True) for completion in found]) == [1.0, 0.0, 1.0]
+    data.write_text(json.dumps([{"problem": "Q?", "question": "Q?", "gold": "3"}]))
+    with pytest.raises(ConfigError, match=f"task {name} grades by the column '(final_)?(answer|solution)'"):
+        task(name).rows(str(data))
+
+
+class Completion:
+    text = "…"
+    token_ids = ()
+    thinking = "hm"
+    think_end = "forced"
+    finish_reason = "eos"
+
+    def __init__(self, solution: str) -> None:
+        self.solution = solution
 
 
 GOLD_FORMS = [
