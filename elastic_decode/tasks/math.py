@@ -68,9 +68,10 @@ class MathReward:
     None where it could not be graded. A reward function in TRL's signature, `math` in a configuration.
 
     answer: the column of the gold answer. gold: what it holds (see `gold_answers`). where: where an answer
-    may stand (see `extract`). limit: seconds for one answer; patience: for those of a group, together: an
-    answer that hangs costs its own sample its reward, and no group runs into its own time limit. tolerance:
-    relative, of numbers. Needs the engine's `thinking`, `solution` and `think_end`.
+    may stand (see `extract`). limit: seconds of processor time for one answer; patience: seconds on the clock
+    for those of a group, together: an answer that hangs costs its own sample its reward, and no group runs
+    into its own time limit. tolerance: relative, of numbers. Needs the engine's `thinking`, `solution` and
+    `think_end`.
     """
 
     __name__: ClassVar[str] = "math"

@@ -1,9 +1,10 @@
 """Answers compared by computer algebra where writing does not decide: math-verify, in processes that are
 killed at a time limit.
 
-math-verify's own limits are SIGALRM handlers: they need the main thread, and do not fire inside one long
-operation on a large integer. They are off here. What is seen to be too large is refused before it is parsed,
-and what slips through costs a process its life and its answer a verdict, nothing else.
+math-verify's own limits are SIGALRM handlers: they need the main thread, and do not run inside one long
+operation on a large integer. They are off here; a worker's limit is a timer whose signal ends the process.
+What is seen to be too large is refused before it is parsed, and what slips through costs a process its life
+and its answer a verdict, nothing else.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import logging
 import math
 import re
+import signal
 import sys
 import time
 import traceback
@@ -31,6 +33,7 @@ _log = logging.getLogger(__name__)
 LONGEST = 1000  # characters of an answer
 DEEPEST = 30  # brackets inside one another
 _MEMORY = 2**30  # bytes that a process may take beyond what it has when it starts
+_PATIENCE = 10  # seconds on the clock for one of processor time: of a busy machine
 _REMEMBERED = 500  # questions between two clearings of sympy's cache
 
 Gold = str | int | float | Sequence[str | int | float] | None
@@ -40,9 +43,9 @@ class Grader:
     """Grades answers in `workers` processes. Close it, or use it in a `with`.
 
     The processes are forked here (see `tasks/workers.py`): make it before large models are in memory. limit:
-    seconds of wall time for one answer; its process is killed then, and replaced. tolerance: how far a number
-    may be from the gold number, relative to it; by default not at all. Raises ConfigError where math-verify
-    is not installed, and for values that cannot be.
+    seconds of processor time for one answer (ten times as much on the clock); its process is killed then, and
+    replaced. tolerance: how far a number may be from the gold number, relative to it; by default not at all.
+    Raises ConfigError where math-verify is not installed, and for values that cannot be.
     """
 
     def __init__(self, *, workers: int = 2, limit: float = 5.0, tolerance: float = 0.0) -> None:
@@ -54,9 +57,9 @@ class Grader:
         if not 0 <= tolerance < 1:
             raise ConfigError(f"tolerance must be in [0, 1), got {tolerance!r}")
         self.failures: Counter[str] = Counter()  # reason -> answers that could not be graded
-        self._tolerance = tolerance
+        self._limit, self._tolerance = limit, tolerance
         _warm_up()
-        self._pool = WorkerPool(_work, workers=workers, timeout=limit)
+        self._pool = WorkerPool(_work, workers=workers, timeout=_PATIENCE * limit)
 
     def grade(
         self, answers: Sequence[str | None], golds: Sequence[Gold], *, patience: float | None = None
@@ -82,7 +85,7 @@ class Grader:
             if verdict is not None:
                 verdicts.append(float(verdict))
                 continue
-            question = json.dumps([texts, answer, self._tolerance]).encode()
+            question = json.dumps([texts, answer, self._limit, self._tolerance]).encode()
             if question not in asked:
                 asked[question] = self._pool.submit(question)
             verdicts.append(question)
@@ -97,8 +100,11 @@ class Grader:
             self._failed("error", f"raised\n{answer}")
         except WorkerTimeout:
             self._failed("limit", "took longer than its limit")
-        except WorkerDied:
-            self._failed("died", "ended its process")
+        except WorkerDied as death:
+            if death.signal == signal.SIGPROF:
+                self._failed("limit", "took longer than its limit")
+            else:
+                self._failed("died", "ended its process")
         except NotDone:
             future.cancel()
             self._failed("patience", "had to wait for longer than the caller's patience")
@@ -199,12 +205,16 @@ def explosive(text: str) -> bool:
 def _work(payload: bytes) -> float | str:
     """In the worker: the verdict, or a traceback."""
     try:
+        golds, answer, limit, tolerance = json.loads(payload)
         _settle_in()
-        golds, answer, tolerance = json.loads(payload)
+        # The kernel ends the process, inside one long operation, too; a clock would punish a busy machine.
+        signal.setitimer(signal.ITIMER_PROF, limit)
         shape, values = read(answer), functools.partial(_equal, tolerance=tolerance)
         return float(any(same(read(gold), shape, values) for gold in golds if not oversized(gold)))
     except Exception:
         return traceback.format_exc()
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 @functools.cache
@@ -228,6 +238,7 @@ def _settle_in() -> None:
     """
     global _questions
     if _questions == 0:
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
         logging.getLogger("math_verify").setLevel(logging.ERROR)
         if sys.platform == "linux":
             import resource

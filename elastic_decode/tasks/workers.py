@@ -48,7 +48,13 @@ class WorkerTimeout(Exception):
 
 
 class WorkerDied(Exception):
-    """The process ended before its work did, or was killed from outside twice."""
+    """The process ended before its work did, or was killed from outside twice. signal: what ended it, or
+    0.
+    """
+
+    def __init__(self, message: str, signal: int = 0) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 class WorkerPool:
@@ -115,9 +121,12 @@ class _Worker:
             return pipe.recv()
         except (EOFError, ConnectionResetError):
             status = self._kill()
-            if once_more and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+            ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+            if once_more and ended_by == signal.SIGKILL:
                 return self.do(payload, timeout, once_more=False)
-            raise WorkerDied("its process ended: it crashed, was killed, or called os._exit") from None
+            raise WorkerDied(
+                "its process ended: it crashed, was killed, or called os._exit", signal=ended_by
+            ) from None
 
     def hang_up(self) -> None:
         if self._pipe is not None:

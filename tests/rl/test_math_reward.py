@@ -64,7 +64,7 @@ def test_a_hang_costs_its_sample_and_not_the_group(workers):
         children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
         return [float(children[-1])] * len(prompts)
 
-    functions = {"math": MathReward(limit=1.5), "nursery": nursery}
+    functions = {"math": MathReward(limit=0.5), "nursery": nursery}
     with Rewards(functions, weights=[1, 0], workers=workers) as rewards:
         rewards.submit("p", GROUP[:1], COLUMNS, step=0, index=0).result()
         done = rewards.submit("p", GROUP, COLUMNS, step=0, index=0).result()

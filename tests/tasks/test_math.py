@@ -95,21 +95,21 @@ def test_gold_answers_as_models_write_them(form):
 
 
 def test_a_hang_costs_its_own_answer_only():
-    with Grader(workers=1, limit=1.5) as grader:
+    with Grader(workers=1, limit=0.5) as grader:
         start = time.monotonic()
         answers = [r"\sqrt{12}", HANGS[0], r"\sqrt{12}", HANGS[0]]
         assert grader.grade(answers, [r"2\sqrt{3}", "5", r"3\sqrt{2}", "5"]) == [1.0, None, 0.0, None]
         assert dict(grader.failures) == {"limit": 1}, "equal questions are asked once"
-        assert time.monotonic() - start < 15
+        assert time.monotonic() - start < 60
         assert grader.grade(["7", None, "8", "3"], [[8, 7], 7, None, ["", "3"]]) == [1.0, 0.0, None, 1.0]
 
 
 def test_patience_is_for_all_of_them():
-    with Grader(workers=1, limit=60) as grader:
+    with Grader(workers=1, limit=20) as grader:
         start = time.monotonic()
         assert grader.grade([HANGS[0], HANGS[1], "5"], [5, 5, 5], patience=0.5) == [None, None, 1.0]
         assert grader.failures["patience"] == 2
-        assert time.monotonic() - start < 30
+        assert time.monotonic() - start < 60
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -118,7 +118,7 @@ def test_memory_is_bounded(monkeypatch):
         return len(bytearray(int(answer.removesuffix("x")))) > 0
 
     monkeypatch.setattr(math_grader, "_equal", equal)  # before the processes are forked
-    with Grader(workers=1, limit=60) as grader:
+    with Grader(workers=1, limit=20) as grader:
         assert grader.grade([f"{2**34}x", f"{2**24}x"], ["5", "5"]) == [None, 1.0]
         assert dict(grader.failures) == {"error": 1}
 
@@ -140,7 +140,7 @@ def test_nothing_is_left_behind():
 
     before = counted()
     for _ in range(3):
-        with Grader(workers=2, limit=0.5) as grader:
+        with Grader(workers=2, limit=0.2) as grader:
             assert grader.grade([HANGS[0], r"\sqrt{12}"], ["5", r"2\sqrt{3}"])[0] is None
     assert counted() == before
 
