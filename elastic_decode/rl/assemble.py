@@ -83,6 +83,7 @@ def assemble(
         if adapters is not None:
             model = adapters.model
         ranks = parallel(model, world, config.distributed.sharding)
+        stack.callback(ranks.close)
         if isinstance(reference, torch.nn.Module):
             reference = ranks.frozen(reference)
         engine = stack.enter_context(

@@ -8,6 +8,7 @@ mini-batch and deals them out by their lengths, so that who computes what, and h
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -93,6 +94,9 @@ class Parallel:
         """Another model of the same kind that is not trained, the reference, kept as this one is."""
         return Parallel(model, self.world)
 
+    def close(self) -> None:
+        """Let go of the process group, before it is taken down."""
+
 
 class Replicated(Parallel):
     """DDP: every rank holds the whole model, which an engine can share. Gradients are averaged during the
@@ -121,6 +125,12 @@ class Replicated(Parallel):
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[Any]:
         return contextlib.nullcontext() if last else self._wrapped.no_sync()
+
+    def close(self) -> None:
+        # The reducer must not be the last to hold the group: it would wait for the group's threads with
+        # Python's lock held, which these may want.
+        del self._wrapped
+        gc.collect()
 
 
 class Sharded(Parallel):

@@ -1,6 +1,7 @@
 """Runs of the toy recipe by one process and by two, for test_ranks.py: each case leaves files in a folder.
 
-What is slow to import is imported once; each rank is a fork of this process. `python ranks.py FOLDER CASE …`
+What is slow to import is imported once, here; each rank is a fork of this process.
+`python ranks.py FOLDER CASE …`
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.fsdp
+import torch.distributed.tensor
+import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elastic_decode import Budget, Engine, EngineConfig, SamplingParams
