@@ -135,7 +135,7 @@ reproduce-all: $(VENV)/.built $(VENV)/.reproduce
 	PYTHONPATH=recipes/reproduce $(BIN)/python recipes/reproduce/run.py --all $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(TRL_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find kernels csrc \( -name '*.so' -o -name '*.o' \) -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
