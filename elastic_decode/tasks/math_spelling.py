@@ -87,7 +87,7 @@ def tidy(text: str) -> str:
     for pattern, to in _SPELLINGS:
         text = pattern.sub(to, text)
     text = _SPACED.sub(lambda match: match.group().replace(" ", ""), text)
-    return text.strip().rstrip(".,;: ")
+    return text.strip().rstrip(".,;: \\")
 
 
 _POWERS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
