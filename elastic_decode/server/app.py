@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -24,6 +25,7 @@ from elastic_decode.server.options import ServerOptions
 from elastic_decode.server.protocol import ChatRequest, CompletionRequest
 from elastic_decode.server.replies import ChatReply, CompletionReply, Reply, event_stream
 
+_LOG = logging.getLogger(__name__)
 _GONE = 499  # nobody reads it: the client has closed the connection
 
 
@@ -110,6 +112,8 @@ def create_app(engine: Engine, options: ServerOptions) -> FastAPI:
             return await decode(http, endpoint, reply, requests, streams=bool(body.stream))
         except Exception as error:
             refused = refusal(error)
+            if refused.status >= 500 and not isinstance(error, RequestError):
+                _LOG.error("a request failed", exc_info=error)
             outcome = "overloaded" if refused.status == 429 else "failed"
             if refused.status < 500 and outcome == "failed":
                 outcome = "aborted" if refused.status == _GONE else "refused"

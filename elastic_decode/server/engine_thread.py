@@ -8,6 +8,7 @@ in one callback.
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 import time
@@ -21,6 +22,7 @@ from elastic_decode.llm import Engine
 from elastic_decode.server.errors import RequestError
 from elastic_decode.server.metrics import Metrics
 
+_LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 Batch = list[tuple[int, list[TokenEvent]]]  # (choice, its new events)
 
@@ -271,11 +273,11 @@ class EngineThread:
                 self._step()
         except BaseException as error:
             failure = error
+            _LOG.critical("the engine failed", exc_info=error)
         try:
             self._post(self._ended, failure)
         except RuntimeError:  # the loop was closed first: there is nobody left to tell
-            if failure is not None:
-                raise failure from None
+            _LOG.warning("the event loop ended before the engine's thread")
 
     def _obey(self) -> bool:
         """Carry out what is queued, waiting for it where there is nothing to step; False at the end."""
@@ -285,12 +287,13 @@ class EngineThread:
             except queue.Empty:
                 return True
             if command is _STOP:
+                for ticket in list(self.tickets):
+                    self._abort(ticket)
                 return False
             if isinstance(command, _Submit):
                 self._submit(command)
             elif isinstance(command, _Abort):
-                for request_id in command.ticket.request_ids:
-                    self._engine.abort(request_id)
+                self._abort(command.ticket)
             elif isinstance(command, _Ask):
                 self._answer(command)
 
@@ -305,11 +308,14 @@ class EngineThread:
                 ids[request_id] = index
                 tokens += self._prompt_tokens(request_id, request)
         except Exception as error:
-            for request_id in ids:
-                self._engine.abort(request_id)
+            self._abort(ticket)
             self._post(self._refused, ticket, error)
         else:
             self._post(self._accepted, ticket, tokens)
+
+    def _abort(self, ticket: Ticket) -> None:
+        for request_id in ticket.request_ids:
+            self._engine.abort(request_id)
 
     def _prompt_tokens(self, request_id: str, request: Request) -> int:
         try:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter as Tally
 from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from elastic_decode.core import Completion, TokenEvent
+from elastic_decode.core import Completion, Phase, TokenEvent
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _WAITS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -37,7 +36,7 @@ class Metrics:
             registry=registry,
         )
         self._prompt_tokens = Counter(name("prompt_tokens"), "Tokens of prompts taken on", registry=registry)
-        self._tokens = Counter(
+        tokens = Counter(
             name("tokens"), "Output tokens", ("phase", "provenance"), registry=registry
         )  # provenance: sampled or forced
         self._finished = Counter(
@@ -72,9 +71,12 @@ class Metrics:
         }
         self._open = Gauge(name("samples_open"), "Samples taken on and not finished", registry=registry)
         self._limit = Gauge(name("samples_limit"), "Most samples taken on at a time", registry=registry)
-        for phase in ("think", "solve"):  # so that they are there, and 0, from the start
-            for provenance in ("sampled", "forced"):
-                self._tokens.labels(phase, provenance)
+        # Looked up once, not at every token; and so they are there, and 0, from the start.
+        self._by_kind = {
+            (phase, forced): tokens.labels(phase.value, "forced" if forced else "sampled")
+            for phase in Phase
+            for forced in (False, True)
+        }
         for end in ("natural", "forced", "eos", "none"):
             self._think_ends.labels(end)
 
@@ -93,8 +95,8 @@ class Metrics:
             steps, since = len(drawn), since / len(drawn)
         for _ in range(steps):
             self._between.observe(since)
-        for (phase, forced), count in Tally((event.phase, event.forced) for event in drawn).items():
-            self._tokens.labels(phase.value, "forced" if forced else "sampled").inc(count)
+        for event in drawn:
+            self._by_kind[event.phase, event.forced].inc()
 
     def finished(self, completion: Completion) -> None:
         self._finished.labels(completion.finish_reason).inc()

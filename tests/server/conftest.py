@@ -54,6 +54,8 @@ class Running:
         self.app = create_app(engine, options)
         self.url = f"http://127.0.0.1:{port}"
         self.gate = gate
+        self.left: dict[str, int] = {}  # the engine's stats at the end
+        self.quit: Callable[[], None] = lambda: None
         self.loop: asyncio.AbstractEventLoop | None = None
         self._key = options.api_key or "none"
         self.http = httpx.Client(base_url=self.url, timeout=PATIENCE)
@@ -102,15 +104,19 @@ def reference() -> Iterator[Engine]:
 
 
 @contextmanager
-def run_server(config: EngineConfig = CONFIG, **options: Any) -> Iterator[Running]:
-    """A server with an engine of its own while the block runs."""
+def run_server(
+    config: EngineConfig = CONFIG, *, grace: int | None = None, **options: Any
+) -> Iterator[Running]:
+    """A server with an engine of its own while the block runs. grace: seconds that requests then have."""
     engine = Engine.from_pretrained(tiny_model_path(), config)
     gate = Gate(engine.step)
     engine.step = gate.step  # type: ignore[method-assign]
     listener = socket.create_server(("127.0.0.1", 0))  # connections wait in it until the server is there
     options = {"model_name": "tiny"} | options
     running = Running(engine, ServerOptions(**options), listener.getsockname()[1], gate)
-    server = uvicorn.Server(uvicorn.Config(running.app, log_level="error"))
+    server = uvicorn.Server(
+        uvicorn.Config(running.app, log_level="critical", timeout_graceful_shutdown=grace)
+    )
 
     async def main() -> None:
         running.loop = asyncio.get_running_loop()
@@ -118,6 +124,7 @@ def run_server(config: EngineConfig = CONFIG, **options: Any) -> Iterator[Runnin
 
     thread = threading.Thread(target=asyncio.run, args=(main(),))
     thread.start()
+    running.quit = lambda: setattr(server, "should_exit", True)
     try:
         running.http.get("/health")  # answered once it has started
         yield running
@@ -125,9 +132,10 @@ def run_server(config: EngineConfig = CONFIG, **options: Any) -> Iterator[Runnin
         gate.open()
         running.http.close()
         running.client.close()
-        server.should_exit = True
+        running.quit()
         thread.join(PATIENCE)
         assert not thread.is_alive()
+        running.left = engine.stats()
         engine.close()
 
 

@@ -301,6 +301,18 @@ def test_what_is_under_way_when_the_server_ends(serving):
         assert refused(running.http.post(CHAT, json=body()), 503)["code"] == "stopping"
 
 
+def test_what_does_not_end_in_time_is_cut_off(serving):
+    with serving(grace=0) as running:
+        running.gate.close()
+        with running.http.stream("POST", CHAT, json=body(stream=True, **ENDLESS)) as answer:
+            received = chunks(answer.iter_lines())
+            next(received)
+            running.quit()
+            with pytest.raises(httpx.RemoteProtocolError):
+                list(received)
+    assert (running.left["reserved_pages"], running.left["running"], running.left["waiting"]) == (0, 0, 0)
+
+
 def test_metrics(serving):
     with serving() as running:
         assert running.metric('elastic_decode_tokens_total{phase="think",provenance="forced"}') == 0
