@@ -33,6 +33,7 @@ class Gate:
         self._step = step
         self._open = threading.Event()
         self._open.set()
+        self.steps = 0  # how often one was asked for
         self.failure: Exception | None = None  # to raise at the next step
 
     def close(self) -> None:
@@ -42,6 +43,7 @@ class Gate:
         self._open.set()
 
     def step(self) -> list[Any]:
+        self.steps += 1
         if self.failure is not None:
             raise self.failure
         return self._step() if self._open.wait(0.002) else []

@@ -217,6 +217,16 @@ def test_a_client_that_goes_while_it_waits(serving, stream):
         running.until(lambda: running.metric(aborted) == 2)
 
 
+def test_nothing_turns_while_there_is_nothing_to_do(serving):
+    with serving() as running:
+        assert running.http.post(CHAT, json=body(max_tokens=12)).status_code == 200
+        before = running.gate.steps
+        assert before > 0
+        for _ in range(20):
+            running.stats()
+        assert running.gate.steps == before
+
+
 def test_overload_is_answered_at_once(serving, reference):
     config = dataclasses.replace(reference.config, max_batch=2)
     with serving(config, max_waiting=1) as running:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Any
 
 import openai
@@ -267,3 +268,17 @@ def test_the_operators_defaults_hold_where_a_request_is_silent(serving, referenc
         )
         assert answer.choices[0].message.reasoning_content == less.thinking
         assert answer.choices[0].message.content == less.solution
+
+
+def test_several_tokens_at_a_time(serving, reference):
+    """With a horizon an engine hands over several tokens of a sample at once; an answer's end may be within."""
+    want = expected(reference, PROBLEMS[0], 9).completions[0]
+    with serving(dataclasses.replace(reference.config, horizon=4)) as running:
+        chunks = list(running.client.chat.completions.create(**asked(PROBLEMS[0], 9, stream=True)))
+        deltas = [choice.delta for chunk in chunks for choice in chunk.choices]
+        assert "".join(delta.content or "" for delta in deltas) == want.solution
+        thinking = [getattr(delta, "reasoning_content", None) or "" for delta in deltas]
+        assert "".join(thinking) == want.thinking
+        assert len(chunks) < len(want.token_ids)
+        counted = "elastic_decode_inter_token_latency_seconds_count"
+        assert running.metric(counted) == len(want.token_ids) - 1
