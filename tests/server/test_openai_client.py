@@ -271,7 +271,7 @@ def test_the_operators_defaults_hold_where_a_request_is_silent(serving, referenc
 
 
 def test_several_tokens_at_a_time(serving, reference):
-    """With a horizon an engine hands over several tokens of a sample at once; an answer's end may be within."""
+    """With a horizon several tokens of a sample come at once, and its end may be among them."""
     want = expected(reference, PROBLEMS[0], 9).completions[0]
     with serving(dataclasses.replace(reference.config, horizon=4)) as running:
         chunks = list(running.client.chat.completions.create(**asked(PROBLEMS[0], 9, stream=True)))
