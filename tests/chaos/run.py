@@ -148,6 +148,8 @@ class Chaos:
 
     def _one_kill(self, life: Life, stage: str) -> bool:
         """True where the run came to its end."""
+        if stage in ("resume", "reopen") and not (life.run / "metrics.jsonl").exists():
+            stage = "any time"  # there is nothing to take up yet
         point, call, whom = STAGES[stage]
         older = None
         if len(life.whole) > 1 and self._random.random() < 0.15:
@@ -160,7 +162,7 @@ class Chaos:
         else:
             aim = self._aim(life, point, call)
             child = life.start(aim, older=older)
-            delay = 0.0 if call is not None else self._random.uniform(0, self._seconds.get(point, 0.01))
+            delay = 0.0 if call is not None else self._random.uniform(0, 0.6 * self._seconds.get(point, 0.01))
             hit = child.kill_at(whom, delay)
         (self.tally.hit if hit else self.tally.late)[stage] += 1
         if whom == "worker":
