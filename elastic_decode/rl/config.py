@@ -23,8 +23,8 @@ from elastic_decode.rl.options import (
     RolloutOptions,
 )
 
-# Of rl/length_rewards.py and tasks/math.py.
-REWARD_FACTORIES = ("l1_exact", "l1_max", "long2short", "soft_overlong", "math")
+# Of rl/length_rewards.py, tasks/math.py and tasks/code_grader.py.
+REWARD_FACTORIES = ("l1_exact", "l1_max", "long2short", "soft_overlong", "math", "code")
 LOGS = ("tensorboard", "wandb", "trackio")
 
 

@@ -11,6 +11,7 @@ from elastic_decode.errors import ConfigError
 from elastic_decode.rl import length_rewards
 from elastic_decode.rl.config import REWARD_FACTORIES, RewardOptions
 from elastic_decode.tasks import countdown
+from elastic_decode.tasks.code_grader import CodeGrader
 from elastic_decode.tasks.math import MathReward
 
 Function = Callable[..., Any]
@@ -23,6 +24,7 @@ _FACTORIES: dict[str, Callable[..., Any]] = dict(
             length_rewards.Long2Short,
             length_rewards.SoftOverlong,
             MathReward,
+            CodeGrader,
         ),
         strict=True,
     )

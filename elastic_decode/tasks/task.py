@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from typing import Any
 
 from elastic_decode.errors import ConfigError
 from elastic_decode.tasks import countdown
+from elastic_decode.tasks.code_grader import CodeGrader
 from elastic_decode.tasks.data import DataOptions, Row, load_rows
 from elastic_decode.tasks.math import SETS, SUFFIX, MathReward, grading
 
@@ -22,7 +24,8 @@ Grade = Callable[..., Sequence[float | None]]
 class Task:
     """data: where its own problems are; None where it brings none. columns: those that the grader reads.
     grader: makes what grades, for as long as it is needed. chat, suffix, column_of: how problems of another
-    source are asked, and what its columns are called.
+    source are asked, and what its columns are called. starter: the column of the code that an answer has to
+    begin with, where a row has any: the question ends with it.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Task:
     chat: bool = True
     suffix: str = ""
     column_of: Mapping[str, str] = field(default_factory=dict)
+    starter: str | None = None
 
     def rows(
         self,
@@ -60,7 +64,18 @@ class Task:
                 f"task {self.name} grades by the column {missing[0]!r}, which the data has not; there are: "
                 f"{found}"
             )
-        return rows
+        return [_with_starter(row, row.columns.get(self.starter)) for row in rows] if self.starter else rows
+
+
+def _with_starter(row: Row, code: Any) -> Row:
+    if not isinstance(code, str) or not code.strip() or not row.prompt:
+        return row
+    words = f"\n\nBegin with this code:\n```python\n{code.rstrip()}\n```"
+    if isinstance(row.prompt, str):
+        return replace(row, prompt=row.prompt + words)
+    *before, last = row.prompt
+    assert isinstance(last, Mapping)
+    return replace(row, prompt=[*before, {**last, "content": f"{last['content']}{words}"}])
 
 
 def _countdown() -> Task:
@@ -85,9 +100,62 @@ def _math(name: str) -> Task:
     )
 
 
+PROGRAM = (
+    "\n\nRead from standard input and write to standard output. Give the whole program in Python as one "
+    "block between ```python and ```."
+)
+ANY_PROGRAM = "\n\nGive the whole program in Python as one block between ```python and ```."
+FUNCTION = "\n\nGive the whole function with its imports as one block between ```python and ```."
+
+
+def _code(**options: Any) -> Callable[[], AbstractContextManager[Grade]]:
+    return lambda: CodeGrader(workers=os.cpu_count() or 1, patience=math.inf, **options)
+
+
+def _humaneval() -> Task:
+    """HumanEval and HumanEval+: openai/openai_humaneval, evalplus/humanevalplus."""
+    return Task(
+        name="humaneval",
+        data=None,
+        columns=("test", "entry_point", "beginning"),
+        grader=_code(program=True, tests="test", setup="beginning", entry_point="entry_point"),
+        suffix=FUNCTION,
+        column_of={"prompt": "prompt", "beginning": "prompt"},
+    )
+
+
+def _livecodebench() -> Task:
+    """livecodebench/code_generation_lite: standard input, or a method of a class that a row begins."""
+    tests = ("public_test_cases", "private_test_cases")
+    return Task(
+        name="livecodebench",
+        data=None,
+        columns=(*tests, "metadata", "starter_code"),
+        grader=_code(tests=tests, function="metadata"),
+        suffix=ANY_PROGRAM,
+        column_of={"prompt": "question_content"},
+        starter="starter_code",
+    )
+
+
+def _codeforces() -> Task:
+    """Standard input: agentica-org/DeepCoder-Preview-Dataset, its part codeforces."""
+    return Task(
+        name="codeforces",
+        data=None,
+        columns=("tests",),
+        grader=_code(),
+        suffix=PROGRAM,
+        column_of={"prompt": "problem"},
+    )
+
+
 TASKS: dict[str, Callable[[], Task]] = {
     "countdown": _countdown,
     **{name: functools.partial(_math, name) for name in SETS},
+    "humaneval": _humaneval,
+    "livecodebench": _livecodebench,
+    "codeforces": _codeforces,
 }
 
 
