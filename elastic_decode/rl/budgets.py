@@ -118,7 +118,9 @@ class Uniform(BudgetPlan):
 
 @dataclass(frozen=True, kw_only=True)
 class Ramp(BudgetPlan):
-    """From `first` at step 0 in a straight line to `last` at step `steps`, and `last` after it."""
+    """From `first` at step 0 in a straight line to `last` at step `steps`, and `last` after it. Steps are the
+    run's, in a later stage of a schedule, too.
+    """
 
     first: int
     last: int

@@ -100,7 +100,7 @@ class ObjectiveOptions:
         from elastic_decode.rl.advantage import estimator
         from elastic_decode.rl.loss import objective  # imports torch
 
-        objective(self.name)
+        chosen = objective(self.name)
         if self.advantages is not None:
             estimator(self.advantages)
         low, high, cap = self.clip_low, self.clip_high, self.importance_cap
@@ -112,7 +112,14 @@ class ObjectiveOptions:
         length = self.constant_length
         require(length is None or length >= 1, "objective.constant_length", ">= 1 or null", length)
         positive("objective", self, "max_sampling_rounds")
-        drops = self.drop_flat if self.drop_flat is not None else objective(self.name).drop_flat
+        for name in ("clip_low", "clip_high"):
+            value = getattr(self, name)
+            why = f"null where objective.name is {self.name!r}, which clips nothing"
+            require(chosen.clips or value is None, f"objective.{name}", why, value)
+        divides = (self.normalisation or chosen.normalisation) == "constant"
+        why = "null unless objective.normalisation is 'constant'"
+        require(length is None or divides, "objective.constant_length", why, length)
+        drops = self.drop_flat if self.drop_flat is not None else chosen.drop_flat
         if self.dynamic_sampling and not drops:
             raise ConfigError(
                 "objective.dynamic_sampling replaces dropped groups: it needs objective.drop_flat"
@@ -244,6 +251,15 @@ class GRPOConfig:
         if self.optim.forward == "engine":
             self._check_engine_forward()
         require(updates <= samples, "optim.updates_per_step", f"<= the {samples} samples of a step", updates)
+        if updates > 1:
+            self._check_off_policy()
+
+    def _check_off_policy(self) -> None:
+        from elastic_decode.rl.loss import objective
+
+        name, updates = self.objective.name, self.optim.updates_per_step
+        why = f"1 where objective.name is {name!r}: it has no ratio, and only the first update is on-policy"
+        require(objective(name).clips, "optim.updates_per_step", why, updates)
 
     def _check_engine_forward(self) -> None:
         engine, why = self.engine, "where optim.forward is 'engine'"

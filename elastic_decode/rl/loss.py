@@ -189,6 +189,11 @@ class Objective:
     drop_flat: bool
     source: str
 
+    @property
+    def clips(self) -> bool:
+        """Whether it has a ratio that is clipped: else it takes no epsilons, and one update a rollout."""
+        return self.surrogate is not reinforce
+
 
 OBJECTIVES: dict[str, Objective] = {
     row.name: row

@@ -25,7 +25,8 @@ What can go wrong, and what comes of it:
   process that is killed from outside is replaced and the call made once more, before it counts as dead).
 
 Every such None is counted (`failures`) and logged, and makes the sample's whole reward None: a sample that
-some function could not be asked about is unscorable, never worth 0.
+some function could not be asked about is unscorable, never worth 0. A function of weight 0, which is only
+recorded, has no part in that.
 """
 
 from __future__ import annotations
@@ -219,6 +220,7 @@ class Pending:
         where = f"step {self.step}, dataset row {self.index}"
         by_function: dict[str, list[float | None]] = {}
         failed: set[int] = set()
+        weights = self.rewards.weights
         for name, future in self.answers.items():
             try:
                 answer = future.result()
@@ -227,8 +229,8 @@ class Pending:
             except WorkerDied as error:
                 answer = _Answer("died", detail=str(error))
             by_function[name], unknown = self.rewards._settle(name, answer, count, where)
-            failed |= unknown
-        weights = self.rewards.weights
+            if weights[name]:
+                failed |= unknown
         scored = []
         for place, sample in enumerate(self.samples):
             own = {name: values[place] for name, values in by_function.items()}

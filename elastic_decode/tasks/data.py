@@ -34,13 +34,13 @@ class Row:
 class DataOptions:
     """Where the prompts come from.
 
-    source: "countdown" (bundled), a .jsonl, .json or .parquet file, or the id of a Hugging Face dataset, of
-    which `name` is the configuration and `revision` the version. columns: the name a reward function knows ->
-    the name found in the data; the prompt is `prompt`. prefix, suffix: put around prompts that are strings.
-    chat: these become a user's message for the chat template, behind `system` if there is one. duplicates:
-    what to do with rows that are equal in everything. limit: only the first so many rows. shuffle: another
-    order each epoch, by run.seed. wish: a number of tokens that each prompt asks for (see tasks/l1.py), for
-    the rewards l1_exact and l1_max.
+    source: "countdown" (bundled), a .jsonl, .json or .parquet file (all of it: a file has no splits), or the
+    id of a Hugging Face dataset, of which `name` is the configuration and `revision` the version. columns:
+    the name a reward function knows -> the name found in the data; the prompt is `prompt`. prefix, suffix:
+    put around prompts that are strings. chat: these become a user's message for the chat template, behind
+    `system` if there is one. duplicates: what to do with rows that are equal in everything. limit: only the
+    first so many rows. shuffle: another order each epoch, by run.seed. wish: a number of tokens that each
+    prompt asks for (see tasks/l1.py), for the rewards l1_exact and l1_max.
     """
 
     source: str
@@ -64,6 +64,18 @@ class DataOptions:
             raise ConfigError(f"data.limit must be >= 1 or null, got {self.limit!r}")
         if self.system is not None and not self.chat:
             raise ConfigError(f"data.system must be null unless data.chat is true, got {self.system!r}")
+        in_a_file = Path(self.source).suffix in FILES
+        if in_a_file or self.source == "countdown":
+            for name in ("name", "revision"):
+                if (value := getattr(self, name)) is not None:
+                    raise ConfigError(
+                        f"data.{name} is for a dataset of the hub, which {self.source} is not: {value!r}"
+                    )
+        if in_a_file and self.split != "train":
+            raise ConfigError(
+                f"data.split: the file {self.source} has no splits, so not {self.split!r}; leave it out, and "
+                "give each split a file"
+            )
 
 
 def load_rows(options: DataOptions) -> list[Row]:

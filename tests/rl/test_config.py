@@ -65,6 +65,16 @@ def test_the_papers_numbers():
         ("optim.updates_per_step=257", "optim.updates_per_step must be <= the 256 samples"),
         ("objective.name=ppo", "objective: no objective 'ppo'; there are grpo"),
         ("objective={name: grpo, dynamic_sampling: true}", "it needs objective.drop_flat"),
+        (
+            "objective={name: rloo, clip_low: 0.2}",
+            "objective.clip_low must be null where objective.name is 'rloo'",
+        ),
+        ("objective={name: rloo, clip_high: 0.2}", "objective.clip_high must be null where"),
+        ("objective={name: grpo, constant_length: 20}", "null unless objective.normalisation is 'constant'"),
+        ("data.name=main", "data.name is for a dataset of the hub, which countdown is not"),
+        ("data={source: here.jsonl, split: test}", "data.split: the file here.jsonl has no splits"),
+        ("evaluation.data={source: a.json, split: test}", "evaluation.data: data.split: the file a.json has"),
+        ("data={source: a.parquet, revision: v2}", "data.revision is for a dataset of the hub"),
         ("engine.max_bach=3", "did you mean 'engine.max_batch'?"),
         ("engine.device=tpu", "engine: EngineConfig.device must be"),
         ("rollout.group_size=1", "rollout.group_size must be >= 2"),
@@ -99,6 +109,13 @@ def test_mistakes_are_named(override, message):
     with pytest.raises(ConfigError) as raised:
         load_config(TOY, [override])
     assert message in str(raised.value)
+
+
+def test_an_objective_without_a_ratio_makes_one_update_a_rollout():
+    rloo = "objective={name: rloo, normalisation: constant, constant_length: 20}"
+    assert load_config(TOY, [rloo]).objective.constant_length == 20
+    with pytest.raises(ConfigError, match=r"optim.updates_per_step must be 1 where objective.name is 'rloo'"):
+        load_config(TOY, [rloo, "optim.updates_per_step=2"])
 
 
 def test_overrides_are_yaml_and_come_in_order():

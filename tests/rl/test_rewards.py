@@ -123,6 +123,18 @@ def test_none_is_left_out_and_never_zero(workers):
         assert not rewards.failures
 
 
+def test_a_function_that_is_only_recorded_makes_no_sample_unscorable(workers):
+    def away(**_):
+        raise ConnectionError
+
+    functions = {"right": lambda completions, **_: [1.0] * len(completions), "looked at": away}
+    with Rewards(functions, weights=(1, 0), workers=workers) as rewards:
+        done = score(rewards)
+    assert [sample.reward for sample in done] == [1.0, 1.0, 1.0]
+    assert [sample.rewards["looked at"] for sample in done] == [None, None, None]
+    assert rewards.failures == {("looked at", "unreachable"): 1}
+
+
 BAD = {
     "length": (lambda **_: [1.0], "returned 1 rewards, expected 3"),
     "one number": (lambda **_: 1.0, "returned 1.0 \\(a float\\), expected a list of 3"),
