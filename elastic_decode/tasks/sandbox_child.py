@@ -65,7 +65,7 @@ def main(control_fd: int, out_fd: int, parent: int) -> Todo | None:
         control.close()
         os.close(out_fd)
         _wait_for(init, alone=kind != "none")
-    return _serve(control, out_fd, job, own=kind in ("root", "user") or uid >= walls.FIRST_ID)
+    return _serve(control, out_fd, job, own=kind != "none" or uid >= walls.FIRST_ID)
 
 
 def _wait_for(init: int, *, alone: bool) -> NoReturn:

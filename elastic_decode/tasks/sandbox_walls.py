@@ -66,15 +66,15 @@ def enclose(kind: str, uid: int, readable: Sequence[str], scratch_bytes: int) ->
         os.mkdir(f"/tmp/{name}")
     _syscall(_SYS_PIVOT_ROOT, "pivot_root", b"/tmp", b"/tmp/old")
     os.chdir("/")
-    for path in readable:
+    os.mkdir(f"/new{SCRATCH}")
+    options = f"mode=1777,size={scratch_bytes},nr_inodes=4096"
+    _mount("tmpfs", f"/new{SCRATCH}", "tmpfs", _MS_NOSUID | _MS_NODEV, options)
+    for path in readable:  # some of it may lie in the scratch folder
         _show(path)
     os.makedirs("/new/dev")
     for name in DEVICES:
         Path("/new/dev", name).touch()
         _mount(f"/old/dev/{name}", f"/new/dev/{name}", None, _MS_BIND)
-    os.makedirs(f"/new{SCRATCH}", exist_ok=True)
-    options = f"mode=1777,size={scratch_bytes},nr_inodes=4096"
-    _mount("tmpfs", f"/new{SCRATCH}", "tmpfs", _MS_NOSUID | _MS_NODEV, options)
     _check(_libc.umount2(b"/old", _MNT_DETACH), "umount2")
     _set_attributes("/", _ATTR_RDONLY, 0)
     os.chroot("/new")  # and in a chroot the kernel makes no further user namespaces

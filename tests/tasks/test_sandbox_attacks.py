@@ -1,6 +1,7 @@
 """What a hostile program can try: each is graded 0, and afterwards nothing of it is left."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -369,3 +370,12 @@ def test_without_walls_limits_hold(name: str) -> None:
     assert judge(ATTACKS[name].replace("SECRET", repr(SECRET)), tests, "none", QUICK).score == 0.0
     assert judge("print(input())", tests, "none", PATIENT).score == 1.0
     assert not {name for name in set(os.listdir("/tmp")) - before if name.startswith("elastic-decode-")}
+
+
+@pytest.mark.skipif(
+    os.getuid() == 0 or shutil.which("bwrap") is None, reason="needs bubblewrap and a user who is not root"
+)
+@pytest.mark.parametrize("name", ["fork bomb", "sleep forever", "10 GB", "kills its parents"])
+def test_bubblewrap_holds(name: str) -> None:
+    graded_wrong(name, "bwrap")
+    assert judge("print(input())", Cases((Case("a", "a"),)), "bwrap", PATIENT).score == 1.0
