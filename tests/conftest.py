@@ -73,3 +73,15 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
         report.outcome, report.longrepr = "failed", f"a GPU test may not skip here: {reason}"
     return report
+
+
+@pytest.fixture(scope="session")
+def isolation() -> str:
+    """The walls that programs run behind here; without any, tests about them are skipped."""
+    from elastic_decode.errors import ConfigError
+    from elastic_decode.tasks.sandbox import find_walls
+
+    try:
+        return find_walls()
+    except ConfigError as error:
+        pytest.skip(str(error).partition(". Without")[0])

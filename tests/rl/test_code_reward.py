@@ -16,6 +16,7 @@ from elastic_decode.rl.reward_names import resolve
 from elastic_decode.rl.rewards import Rewards
 from elastic_decode.tasks import sandbox
 
+pytestmark = pytest.mark.usefixtures("isolation")
 TESTS = json.dumps([{"input": "2 3", "output": "5"}, {"input": "1 1", "output": "2"}])
 ADDS = "```python\nprint(sum(map(int, input().split())))\n```"
 SLEEPS = "```python\nimport time\ntime.sleep(1e9)\n```"

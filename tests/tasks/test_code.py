@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from elastic_decode.errors import ConfigError
-from elastic_decode.tasks import code_grader, sandbox
+from elastic_decode.tasks import code_grader
 from elastic_decode.tasks.code import (
     Case,
     Cases,
@@ -174,7 +174,7 @@ def test_results_compared(expected: Any, output: str, right: bool) -> None:
 
 
 @pytest.fixture(scope="module")
-def grader() -> Any:
+def grader(isolation: str) -> Any:
     with CodeGrader(workers=2, limits={"cpu": 10, "wall": 20}) as grader:
         yield grader
 
@@ -277,7 +277,7 @@ def test_as_a_reward(grader: CodeGrader) -> None:
         grader(completions=["x"], tests=[STDIN])
 
 
-def test_columns_of_other_sets() -> None:
+def test_columns_of_other_sets(isolation: str) -> None:
     options: dict[str, Any] = {"tests": ["public", "private"], "function": "metadata", "max_tests": 1}
     with CodeGrader(**options) as grader:
         call = {"input": "12", "output": "13", "testtype": "functional"}
@@ -317,7 +317,7 @@ def test_what_fails_for_want_of_a_sandbox_is_none(
     assert grader.failures["sandbox"] == before + 1
 
 
-def test_patience_ends() -> None:
+def test_patience_ends(isolation: str) -> None:
     with CodeGrader(workers=1, patience=0.6, limits={"wall": 1.5, "cpu": 5}) as grader:
         tests = Cases((Case("", "x"),))
         verdicts = grader.grade([f"import time\ntime.sleep({n}00)" for n in (1, 2, 3)], [tests] * 3)
@@ -343,7 +343,7 @@ def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
         CodeGrader(**options)
 
 
-def test_nothing_accumulates() -> None:
+def test_nothing_accumulates(isolation: str) -> None:
     """Descriptors and processes, over many gradings."""
 
     def state() -> tuple[int, int]:
@@ -360,7 +360,7 @@ def test_nothing_accumulates() -> None:
         verdicts = grader.grade(codes, [tests] * len(codes))
         assert [verdict.score for verdict in verdicts] == [1.0] * 12 + [0.0] * 6
         assert state() == before
-    assert sandbox.find_walls() == grader.walls
+    assert grader.walls == isolation
 
 
 def in_file(folder: Path, *rows: dict[str, Any]) -> str:
@@ -375,7 +375,7 @@ def question(row: Row) -> str:
     return str(message["content"])
 
 
-def test_humaneval_as_a_task(tmp_path: Path) -> None:
+def test_humaneval_as_a_task(tmp_path: Path, isolation: str) -> None:
     row = {
         "task_id": "HumanEval/0",
         "prompt": "def double(n):\n    '''Twice n.'''\n",
@@ -391,7 +391,7 @@ def test_humaneval_as_a_task(tmp_path: Path) -> None:
         assert grade(solution=answers, **columns) == [1, 0]
 
 
-def test_livecodebench_as_a_task(tmp_path: Path) -> None:
+def test_livecodebench_as_a_task(tmp_path: Path, isolation: str) -> None:
     """The code to begin with is part of the question; the tests are in two columns, one of them packed."""
     case = {"input": "4", "output": "5", "testtype": "functional"}
     row = {
