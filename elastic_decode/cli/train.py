@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,15 +166,20 @@ def _train(config: GRPOConfig, resume: str) -> int:
             metrics.evaluation(step, result.metrics(), str(result))
 
     _quieten(after_loading=False)
-    with assemble(config, on_step=[on_step], on_evaluation=[on_evaluation]) as parts:
+    with (
+        assemble(config, on_step=[on_step], on_evaluation=[on_evaluation]) as parts,
+        ExitStack() as held,
+    ):
         trainer, run = parts.trainer, config.run
         _quieten(after_loading=True)
+        with trainer.world.together("the start"):
+            if trainer.world.main:  # after reward workers are forked: they would have it, too
+                held.enter_context(whole_files.taken(run.path))
         if resume != "never":
             trainer.resume(None if resume == "auto" else Path(resume))
         if not trainer.world.main:  # of several processes one writes and shows
             trainer.train()
             return 0
-        run.path.mkdir(parents=True, exist_ok=True)
         whole_files.write(run.path / _CONFIG, config.to_yaml().encode())
         with Metrics(
             run.path,

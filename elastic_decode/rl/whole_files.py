@@ -1,5 +1,5 @@
 """Files that are there in full or as they were, whenever the process is killed and whether or not the disk is
-full.
+full; and folders that one process at a time writes to.
 """
 
 from __future__ import annotations
@@ -9,7 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from elastic_decode.errors import StorageError
+from elastic_decode.errors import ConfigError, StorageError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 _BESIDE = ".{}.writing"
 
@@ -38,6 +43,29 @@ def named(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise refused(path, error) from error
+
+
+@contextmanager
+def taken(folder: Path) -> Iterator[None]:
+    """`folder`, made if need be, for this process alone; its death, of whatever kind, gives it back. Raises
+    ConfigError where another process has it. Where the file system knows no locks there is none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"another process is at the run in {folder}: wait for its end, or end it (a killed "
+                    "torchrun leaves its ranks behind); for another run give another run.folder"
+                ) from None
+            except OSError:
+                pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def refused(path: Path, error: OSError) -> StorageError:

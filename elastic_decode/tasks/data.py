@@ -73,8 +73,8 @@ class DataOptions:
                     )
         if in_a_file and self.split != "train":
             raise ConfigError(
-                f"data.split: the file {self.source} has no splits, so not {self.split!r}; leave it out, and "
-                "give each split a file"
+                f"data.split: the file {self.source} has no splits, so not {self.split!r}: leave it out (or "
+                "say train), and give each split a file"
             )
 
 

@@ -64,7 +64,7 @@ def test_a_sample_that_fits_no_micro_batch_is_said(capsys):
         ("optim.lrr=1", "did you mean 'optim.lr'?"),
         ("model.path=/absent", "'/absent'"),
         ("data.source=absent.jsonl", "there is no file absent.jsonl"),
-        ("evaluation.data.source=away.jsonl", "there is no file away.jsonl"),
+        ("evaluation.data={source: away.jsonl}", "there is no file away.jsonl"),
         ("rewards.0.function=absent:f", "absent:f cannot be imported"),
     ],
 )
@@ -105,6 +105,17 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path, capsys):
     assert "optim.lr: 0.0001 -> 0.0003" in capsys.readouterr().err
     assert train(whole, "run.steps=4", "--resume", "never") == 1
     assert "holds a run already" in capsys.readouterr().err
+
+
+def test_one_process_at_a_time_is_at_a_run(tmp_path, capsys):
+    from elastic_decode.rl import whole_files
+
+    folder = tmp_path / "run"
+    with whole_files.taken(folder):
+        assert train(folder, "run.steps=1") == 1
+        assert f"another process is at the run in {folder}" in capsys.readouterr().err
+        assert not list(folder.iterdir())
+    assert train(folder, "run.steps=1") == 0
 
 
 def test_what_is_not_installed_is_said_before_anything_is_made(tmp_path, capsys, monkeypatch):
