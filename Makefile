@@ -21,13 +21,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --no-input
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test chaos lint format compile-check bench bench-rollout bench-grpo \
+.PHONY: help demo test test-integrations chaos lint format compile-check bench bench-rollout bench-grpo \
 	reproduce reproduce-all bundled-model clean gpu-build gpu-check gpu-bench gpu-sanitize
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo           decode with the bundled model under several budgets"
 	@echo "make test           all tests (ARGS=... goes to pytest)"
+	@echo "make test-integrations  the adapters against TRL and lm-eval, in an environment of its own"
 	@echo "make chaos          kill -9 in every stage of a training run, and go on (minutes)"
 	@echo "make lint           ruff, clang-format, mypy; changes nothing"
 	@echo "make format         ruff format and fixes, clang-format"
@@ -52,6 +53,13 @@ test: $(VENV)/.built $(VENV)/.test
 	$(BIN)/pytest -m "not interpret" $(ARGS) || status=$$?; \
 	TRITON_INTERPRET=1 $(BIN)/pytest -m interpret $(ARGS) || status=$$?; \
 	exit $$status
+
+# The libraries themselves, in versions of their own: not in the environment of the tests.
+INTEGRATIONS_VENV ?= .venv-integrations
+test-integrations:
+	$(MAKE) VENV=$(INTEGRATIONS_VENV) $(INTEGRATIONS_VENV)/.integrations
+	ELASTIC_DECODE_INTEGRATIONS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 \
+		$(INTEGRATIONS_VENV)/bin/pytest tests/integrations $(ARGS)
 
 chaos: $(VENV)/.built $(VENV)/.test
 	$(BIN)/python tests/chaos/run.py $(ARGS)
@@ -135,7 +143,7 @@ reproduce-all: $(VENV)/.built $(VENV)/.reproduce
 	PYTHONPATH=recipes/reproduce $(BIN)/python recipes/reproduce/run.py --all $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(TRL_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(TRL_VENV) $(INTEGRATIONS_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find kernels csrc \( -name '*.so' -o -name '*.o' \) -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -179,6 +187,10 @@ $(VENV)/.test: pyproject.toml | $(VENV)/.built
 
 $(VENV)/.trl: | $(VENV)/.built
 	$(PIP) install "trl==1.16.0" "transformers==5.23.0" "pyyaml>=6"
+	@touch $@
+
+$(VENV)/.integrations: pyproject.toml | $(VENV)/.built
+	$(PIP) install "elastic-decode[test,trl,lm-eval]"
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.built
