@@ -249,10 +249,22 @@ def _over_ranks(metrics: dict[str, torch.Tensor], world: World) -> dict[str, tor
 
 
 def _mismatch(rows: Sequence[Trained], trainer: dict[int, torch.Tensor], world: World) -> dict[str, float]:
-    """The engine's log-probabilities against the trainer's, over the sampled tokens of all ranks."""
-    none = torch.empty(0)
-    mine = torch.cat([none, *(trainer[id(row)].cpu() for row in rows)])
-    theirs = torch.tensor([p for row in rows for p in row.sample.logprobs])
+    """The engine's log-probabilities against the trainer's, over the sampled tokens of all ranks.
+
+    Where the rollout drew from another distribution (top-p, penalties …), that one against the trainer's as
+    well, as `drawn_p95` …: what the correction is made of, and what trains off-policy without it.
+    """
     sampled = torch.tensor([not forced for row in rows for forced in row.sample.forced], dtype=torch.bool)
-    mine, theirs = world.concat(mine[sampled]), world.concat(theirs[sampled])
-    return mismatch(mine, theirs, torch.ones(len(mine), dtype=torch.bool))
+
+    def gathered(values: torch.Tensor) -> torch.Tensor:
+        return world.concat(values[sampled])
+
+    mine = gathered(torch.cat([torch.empty(0), *(trainer[id(row)].cpu() for row in rows)]))
+    theirs = gathered(torch.tensor([p for row in rows for p in row.sample.logprobs]))
+    drawn = gathered(torch.tensor([p for row in rows for p in row.sample.sampling_logprobs]))
+    every = torch.ones(len(mine), dtype=torch.bool)
+    found = mismatch(mine, theirs, every)
+    if not torch.equal(drawn, theirs):
+        others = mismatch(mine, drawn, every)
+        found |= {name.replace("mismatch", "drawn"): value for name, value in others.items()}
+    return found

@@ -65,6 +65,19 @@ def test_every_objective_runs(tmp_path, name):
     assert metrics["entropy"] > 0
 
 
+def test_what_top_p_makes_of_a_rollout_is_in_the_metrics(tmp_path):
+    found = {}
+    for top_p in (1.0, 0.5):
+        with assemble(
+            toy(tmp_path, f"rollout.sampling.top_p={top_p}", "objective={name: grpo, entropy: 0.001}")
+        ) as parts:
+            found[top_p], _ = parts.trainer.train_step()
+    assert all(metrics["mismatch_max"] < 1e-5 for metrics in found.values())
+    assert not any(name.startswith("drawn_") for name in found[1.0])
+    assert found[0.5]["drawn_max"] > 0.1
+    assert found[0.5]["drawn_outside"] > 0.05
+
+
 def test_several_budgets_of_a_thought(tmp_path):
     with assemble(toy(tmp_path, "rollout.budgets={plan: fork, think_at: [5, 15], solve: 3}")) as parts:
         _, groups = parts.trainer.train_step()
