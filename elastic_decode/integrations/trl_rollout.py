@@ -64,7 +64,7 @@ class BudgetRollout:
         self._seed = seed
         self._sleep = sleep
         self._template_kwargs = chat_template_kwargs
-        self._delimiters = {"think_open": think_open, "think_close": think_close}
+        self._delimiters: dict[str, Any] = {"think_open": think_open, "think_close": think_close}
         self._at: tuple[int, int] = (-1, 0)  # global_step, calls within it so far
         self.engine: Engine | None = None  # after the first rollout
 
