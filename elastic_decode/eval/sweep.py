@@ -9,12 +9,12 @@ sample), so cells are compared on the same noise.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from elastic_decode.core import Completion, Phase, SamplingParams, ThinkEnd
+from elastic_decode.core import Completion, Generation, Phase, SamplingParams, ThinkEnd
 from elastic_decode.engine.text import split_text, text_of
 from elastic_decode.errors import ConfigError
 from elastic_decode.eval.policies import EvalPolicy, total_of
@@ -84,8 +84,13 @@ def sweep(
     """Fills `file` with every record that is not there yet. on_records: called with what was just written.
 
     A sweep that is stopped at any moment goes on with the same call. Raises BudgetError and CapacityError,
-    before anything is decoded for a cell, where a budget cannot fit a prompt.
+    before anything is decoded for a cell, where a budget cannot fit a prompt; and what a policy raises that
+    the engine cannot follow (a text that the vocabulary cannot spell), before anything is decoded at all.
     """
+    longest = max(range(len(rows)), key=lambda place: len(str(rows[place].prompt)))
+    for policy in options.policies:
+        for think in options.thinks(policy):
+            _start(engine, rows, options, policy, [(longest, 0)], think).close()
     for policy in options.policies:
         for unit, cells in _decode(engine, rows, options, policy, file):
             row = rows[unit[0]]
@@ -152,21 +157,31 @@ def _fresh(
     units: Sequence[Unit],
     think: int | None,
 ) -> Iterator[tuple[Unit, list[Cell]]]:
+    with closing(_start(engine, rows, options, policy, units, think)) as generations:
+        for generation in generations:
+            yield units[generation.index], [(think, generation.completions[0], False)]
+
+
+def _start(
+    engine: Engine,
+    rows: Sequence[Row],
+    options: SweepOptions,
+    policy: EvalPolicy,
+    units: Sequence[Unit],
+    think: int | None,
+) -> Generator[Generation, None, None]:
+    """Checks everything now, decodes when asked."""
     prompts = [rows[place].prompt for place, _ in units]
     if policy.prompt is not None:
         total = total_of(think, options.solve)
         assert total is not None
         prompts = [policy.prompt(prompt, total) for prompt in prompts]
-    with closing(
-        engine.rollout(
-            prompts,
-            budget=policy.budget(think, options.solve),
-            sampling=_sampling(rows, options, units),
-            chat_template_kwargs=options.chat_template_kwargs,
-        )
-    ) as generations:
-        for generation in generations:
-            yield units[generation.index], [(think, generation.completions[0], False)]
+    return engine.rollout(
+        prompts,
+        budget=policy.budget(think, options.solve),
+        sampling=_sampling(rows, options, units),
+        chat_template_kwargs=options.chat_template_kwargs,
+    )
 
 
 def _forked(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -153,6 +153,17 @@ def test_another_sweeps_folder_is_refused(tmp_path):
     (tmp_path / RECORDS).write_text('{"policy": "elastic"}\n')
     with pytest.raises(ConfigError, match=r"records\.jsonl:1 is no record"):
         RecordFile(tmp_path, {"model": "a"})
+
+
+def test_a_policy_that_cannot_be_followed_is_refused_before_anything_is_decoded(engine, tmp_path):
+    wanted = options("elastic", "s1", think=(3, 5), samples=1)
+    refused = policy("s1", {"wait": "no such word"})
+    wanted = replace(wanted, policies=(wanted.policies[0], refused))
+    with RecordFile(tmp_path, {}) as file:
+        with pytest.raises(ValueError, match="cannot spell"):
+            sweep(engine, rows(2), lambda **_: [1.0] * 2, wanted, file)
+        assert not file.records
+    assert engine.stats()["running"] == 0
 
 
 def test_a_grader_that_fails_gives_none_and_a_short_one_an_error(engine, tmp_path):
