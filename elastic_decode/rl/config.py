@@ -150,7 +150,7 @@ class LoraOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimOptions:
-    """AdamW. warmup: updates of rising rate. updates_per_step: a step's samples are cut into so many
+    """AdamW. warmup: steps of rising rate. updates_per_step: a step's samples are cut into so many
     mini-batches, an update each. max_tokens_per_microbatch: prompt + output tokens, and padding, in one
     forward pass. dtype: of the trained parameters; bfloat16 has float32 master weights. forward: what
     computes the trainer's log-probabilities: "hf", the Hugging Face module, or "engine", the kernels that
