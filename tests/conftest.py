@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 from collections.abc import Generator
 
 import pytest
@@ -18,6 +19,8 @@ def pytest_configure() -> None:
     # Tests work on small tensors, where a thread more costs more than it gives: on a busy machine, far more.
     # Those that are about threads set their number themselves.
     torch.set_num_threads(1)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell starts what runs in its background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 GPU_BACKENDS = ("triton", "cuda", "flashinfer")

@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 from elastic_decode.errors import ConfigError
 from elastic_decode.tasks.sandbox_values import receive, send
+from elastic_decode.tasks.sandbox_walls import MEMORY, SCRATCH
 
 Walls = Literal["root", "user", "bwrap", "none"]
 NOT_ISOLATED = (
@@ -47,7 +48,7 @@ _BOOT = (
 _NEEDED = ("__init__", "tasks/__init__", "tasks/sandbox_child", "tasks/sandbox_walls", "tasks/sandbox_values")
 _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/etc/ld.so.cache", "/etc/alternatives")
 _ENVIRONMENT = {
-    "PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0",
+    "PATH": "/usr/bin:/bin", "HOME": SCRATCH, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0",
     "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
 }  # fmt: skip
 _START = 60.0  # seconds for the process to be ready; past it something else is wrong than the program
@@ -307,8 +308,10 @@ def _bubblewrap(limits: Limits) -> list[str]:
         "--size",
         str(limits.scratch),
         "--tmpfs",
-        "/tmp",
-    ]  # some of what follows may lie in /tmp
+        MEMORY,
+        "--dir",
+        SCRATCH,
+    ]
     for path in readable():
         here = ["--symlink", os.readlink(path)] if os.path.islink(path) else ["--ro-bind", path]
         command += [*here, path]
@@ -316,7 +319,7 @@ def _bubblewrap(limits: Limits) -> list[str]:
         command += ["--ro-bind", f"{_HERE}/{name}.py", f"{_HERE}/{name}.py"]
     for device in ("null", "zero", "full", "random", "urandom"):
         command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
-    return [*command, "--remount-ro", "/", "--chdir", "/tmp"]
+    return [*command, "--remount-ro", "/", "--chdir", SCRATCH]
 
 
 @functools.cache

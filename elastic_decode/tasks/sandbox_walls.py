@@ -23,7 +23,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-SCRATCH = "/tmp"
+MEMORY = "/tmp"  # in memory; an interpreter that lies below it is shown there
+SCRATCH = f"{MEMORY}/scratch"  # where a program begins, empty
 DEVICES = ("null", "zero", "full", "random", "urandom")
 FIRST_ID = 0x70000000  # user ids from here on, one a process: their processes are counted one by one
 _NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = (
@@ -66,10 +67,12 @@ def enclose(kind: str, uid: int, readable: Sequence[str], scratch_bytes: int) ->
         os.mkdir(f"/tmp/{name}")
     _syscall(_SYS_PIVOT_ROOT, "pivot_root", b"/tmp", b"/tmp/old")
     os.chdir("/")
-    os.mkdir(f"/new{SCRATCH}")
+    os.mkdir(f"/new{MEMORY}")
     options = f"mode=1777,size={scratch_bytes},nr_inodes=4096"
-    _mount("tmpfs", f"/new{SCRATCH}", "tmpfs", _MS_NOSUID | _MS_NODEV, options)
-    for path in readable:  # some of it may lie in the scratch folder
+    _mount("tmpfs", f"/new{MEMORY}", "tmpfs", _MS_NOSUID | _MS_NODEV, options)
+    os.mkdir(f"/new{SCRATCH}")
+    os.chmod(f"/new{SCRATCH}", 0o1777)
+    for path in readable:
         _show(path)
     os.makedirs("/new/dev")
     for name in DEVICES:

@@ -13,7 +13,8 @@ def test_folder(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["./absent", "/absent/model", "~/absent-model", "a/b/c", "../x"])
-def test_absent_folder(name, monkeypatch):
+def test_absent_folder(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "snapshot_download", None)  # never asked
     with pytest.raises(CheckpointError, match="does not exist"):
         hub.resolve(name)

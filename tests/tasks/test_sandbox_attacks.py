@@ -17,6 +17,7 @@ from elastic_decode.tasks import sandbox as sandbox_module
 from elastic_decode.tasks.code import Case, Cases, TestProgram
 from elastic_decode.tasks.code_grader import judge
 from elastic_decode.tasks.sandbox import Limits, Sandbox, SandboxFailure, Walls, find_walls
+from elastic_decode.tasks.sandbox_walls import SCRATCH
 
 SECRET = "the expected output 8c1f"
 QUICK = Limits(cpu=1, wall=0.8, memory=2**29, output=2**20, scratch=2**22)
@@ -193,7 +194,7 @@ def test_the_scratch_folder_can_be_written_and_is_gone_afterwards(walls: Walls) 
     open("a", "w").write("1")
     print(open("a").read(), os.getcwd())
     """
-    assert told(code, walls) == "1 /tmp"
+    assert told(code, walls) == f"1 {SCRATCH}"
     assert told("import os\nprint(os.listdir('.'))", walls) == "[]"
     assert not {name for name in set(os.listdir("/tmp")) - before if name.startswith("elastic-decode-")}
 
