@@ -175,8 +175,8 @@ def test_a_user_s_delimiters_open_and_close_nothing(model: ElasticDecodeLM):
 
 def test_the_command(tmp_path: Path, expected: dict[str, str]):
     folder = tasks(tmp_path, expected)
-    code = "from elastic_decode.integrations.lm_eval_model import main; main()"
-    command = [sys.executable, "-c", code, "run", "--model", "elastic_decode", "--model_args", ARGS]
+    script = Path(sys.executable).with_name("elastic-decode-lm-eval")
+    command = [str(script), "run", "--model", "elastic_decode", "--model_args", ARGS]
     command += ["--include_path", str(folder), "--tasks", "toy_generate", "--apply_chat_template"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
