@@ -113,6 +113,7 @@ def estimate(config: GRPOConfig, model: ModelConfig, rows: int | None) -> Estima
     trained_dtype = "float32" if matrices else optim.dtype
     memory[f"gradients ({trained_dtype})"] = trained * _BYTES[trained_dtype]
     if trained_dtype != "float32":
+        memory["their sums over micro-batches (float32)"] = trained * 4
         memory["master weights (float32)"] = trained * 4
     memory["AdamW's moments (float32)"] = trained * 8
     if config.objective.kl and optim.lora is None:
@@ -126,7 +127,7 @@ def estimate(config: GRPOConfig, model: ModelConfig, rows: int | None) -> Estima
         memory["the adapters' inputs (float32)"] = 4 * optim.max_tokens_per_microbatch * inputs
     rollout = config.rollout
     if rollout.sleep_in_update:
-        kept = ("gradients", "activations", "the adapters' inputs")
+        kept = ("gradients", "their sums", "activations", "the adapters' inputs")
         update = sum(count for name, count in memory.items() if name.startswith(kept))
         memory["KV pages or the update's, never both"] = -min(memory["KV pages"], update)
     samples = rollout.prompts_per_step * rollout.group_size

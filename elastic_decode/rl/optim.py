@@ -2,7 +2,8 @@
 
 A bfloat16 parameter has 8 bits: an update of less than 1/256 of it is rounded away, and at a learning rate of
 1e-6 nearly all are. So the optimizer keeps float32 copies, updates those, and rounds them into the module's
-own parameters, in place: an engine that shares their storage sees the new weights.
+own parameters, in place: an engine that shares their storage sees the new weights. Gradients of micro-batches
+are added up in float32, too.
 """
 
 from __future__ import annotations
@@ -75,16 +76,25 @@ class MasterAdamW:
         )
 
     def zero_grad(self) -> None:
-        for parameter in self.parameters:
+        for parameter, master in zip(self.parameters, self._masters, strict=True):
+            parameter.grad = master.grad = None
+
+    def take_gradients(self) -> None:
+        """Adds the parameters' gradients to the masters' and lets go of them."""
+        for parameter, master in zip(self.parameters, self._masters, strict=True):
+            if master is parameter or parameter.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad.add_(parameter.grad)
             parameter.grad = None
 
     def step(self, lr: float) -> None:
-        """One update with the parameters' gradients, written to the parameters in place."""
+        """One update with the gradients since `zero_grad`, written to the parameters in place."""
         for group in self._adamw.param_groups:
             group["lr"] = lr
-        for parameter, master in zip(self.parameters, self._masters, strict=True):
-            if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.float()
+        self.take_gradients()
         self._adamw.step()
         with torch.no_grad():
             for parameter, master in zip(self.parameters, self._masters, strict=True):
@@ -94,7 +104,8 @@ class MasterAdamW:
 
     def clip(self, most: float) -> torch.Tensor:
         """Scale the gradients of all parameters down to a norm of `most` at most; the norm that they had."""
-        return whole(torch.nn.utils.clip_grad_norm_(self.parameters, most))
+        self.take_gradients()
+        return whole(torch.nn.utils.clip_grad_norm_(self._masters, most))
 
     def state_dict(self, *, keep: bool = True) -> dict[str, Any]:
         """Moments and masters, whole: with it a run goes on bit for bit, on any number of ranks. Of sharded

@@ -44,6 +44,8 @@ class Parallel:
         self.model = model
         self.world = world or World()
 
+    gradients_each_pass = True  # after a micro-batch's backward pass its gradient is what it will be
+
     @property
     def scale(self) -> int:
         """What a loss is multiplied by: gradients are averaged over ranks where they should be added."""
@@ -103,6 +105,8 @@ class Replicated(Parallel):
     last micro-batch's backward pass, so ranks may differ in how many they have; one without any runs an empty
     one.
     """
+
+    gradients_each_pass = False  # they are added up in the parameters' dtype until the last one's
 
     def __init__(self, model: Any, world: World) -> None:
         super().__init__(model, world)

@@ -116,6 +116,8 @@ def update(
                     constant_length=options.constant_length,
                 )
                 (loss * parallel.scale).backward()
+            if parallel.gradients_each_pass:
+                optimizer.take_gradients()
             for name, value in metrics.items():
                 summed[name] = summed[name] + value if name in summed else value
         norm = optimizer.clip(options.grad_clip if options.grad_clip else math.inf)

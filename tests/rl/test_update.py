@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import random
 from dataclasses import replace
 
@@ -187,6 +188,32 @@ def test_bfloat16_learns_through_its_float32_masters():
     assert torch.equal(masters.bfloat16().float(), parameters(model))
     assert (parameters(model) != before).float().mean() > 0.01
     assert [p.data_ptr() for p in model.parameters()] == address, "an engine sharing them sees the update"
+
+
+def test_bfloat16_gradients_are_added_up_in_float32():
+    """In bfloat16 the sum of ones stays at 256."""
+    parameter = torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    optimizer = MasterAdamW([parameter], lr=1.0)
+    for _ in range(512):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.take_gradients()
+        assert parameter.grad is None
+    assert optimizer.clip(math.inf) == 1024.0  # |(512, 512, 512, 512)|
+    optimizer.clip(1.0)
+    assert optimizer.clip(math.inf) == pytest.approx(1.0)
+    optimizer.zero_grad()
+    assert optimizer.clip(math.inf) == 0.0
+
+
+def test_many_small_bfloat16_micro_batches_make_the_gradient_of_one():
+    """Each has bfloat16's rounding; their sum does not drift with their number."""
+    norms = []
+    for max_tokens in (15, 1000):
+        model = made(torch.bfloat16)
+        optimizer = MasterAdamW(model.parameters(), lr=1.0)
+        chosen = UpdateOptions(objective=objective("dapo"), max_tokens=max_tokens, grad_clip=None)
+        norms.append(update(model, optimizer, rows(64), chosen, lr=1e-3)["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=0.005)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
