@@ -60,7 +60,6 @@ class RecordFile:
         self.folder = folder
         self.notes: list[str] = []
         folder.mkdir(parents=True, exist_ok=True)
-        self._check(identity)
         path = folder / RECORDS
         whole, cut = _whole_lines(path)
         self.records = [_record(line, path, number) for number, line in enumerate(whole, 1)]
@@ -70,35 +69,38 @@ class RecordFile:
                 raise ConfigError(f"{path} has the record {record.key} twice; it was not written by a sweep")
             seen.add(record.key)
         self.keys = seen
+        self._check(identity)
         if cut:
             self.notes.append(f"{path}: a last line of {cut} bytes, cut off when writing it, was taken out")
             os.truncate(path, path.stat().st_size - cut)
         self._file = path.open("a", encoding="utf-8")
 
     def _check(self, identity: Mapping[str, Any]) -> None:
-        """Keys that begin with "policy." may come later: a sweep can be gone on with further policies."""
+        """What records were made under must be the same now. Keys "policy.NAME" are of the records of that
+        policy alone: one without records can change, or come later.
+        """
         path = self.folder / SWEEP
         wanted = json.loads(json.dumps(identity))
-        if not path.exists() and (self.folder / RECORDS).exists():
+        if self.records and not path.exists():
             raise ConfigError(f"{self.folder} has {RECORDS} and no {SWEEP}; give another folder")
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        both = {**found, **wanted}
-        if found:
-            fixed = [key for key in both if not key.startswith("policy.") or (key in found and key in wanted)]
-            lines = [
-                f"{key}: {found.get(key)!r:.80} there, {wanted.get(key)!r:.80} now"
-                for key in fixed
-                if found.get(key) != wanted.get(key)
-            ]
-            if lines:
-                raise ConfigError(
-                    f"{self.folder} holds the records of another sweep; give another folder, or undo:\n  "
-                    + "\n  ".join(lines)
-                )
-        if both != found:
-            beside = path.with_name(f".{SWEEP}.writing")
-            beside.write_text(json.dumps(both, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            beside.replace(path)
+        found = json.loads(path.read_text(encoding="utf-8")) if self.records else {}
+        used = {record.policy for record in self.records}
+        common = {key for key in {**found, **wanted} if not key.startswith("policy.")} if found else set()
+        of_policies = {f"policy.{name}" for name in used} & found.keys() & wanted.keys()
+        lines = [
+            f"{key}: {found.get(key)!r:.80} there, {wanted.get(key)!r:.80} now"
+            for key in sorted(common | of_policies)
+            if found.get(key) != wanted.get(key)
+        ]
+        if lines:
+            raise ConfigError(
+                f"{self.folder} holds the records of another sweep; give another folder, or undo:\n  "
+                + "\n  ".join(lines)
+            )
+        beside = path.with_name(f".{SWEEP}.writing")
+        both = json.dumps({**found, **wanted}, indent=1, ensure_ascii=False)
+        beside.write_text(both + "\n", encoding="utf-8")
+        beside.replace(path)
 
     def append(self, records: Iterable[Record]) -> list[Record]:
         """Writes those that are not there yet, in one piece; them."""

@@ -143,13 +143,22 @@ def test_budgets_and_policies_can_be_added_later(engine, tmp_path):
     }
 
 
-def test_another_sweeps_folder_is_refused(tmp_path):
-    RecordFile(tmp_path, {"model": "a", "policy.s1": {"waits": 1}}).close()
-    RecordFile(tmp_path, {"model": "a", "policy.elastic": {}}).close()
+def test_another_sweeps_folder_is_refused(engine, tmp_path):
+    identity = {"model": "a", "policy.s1": {"waits": 1}, "policy.elastic": {}}
+    RecordFile(tmp_path, {"model": "b", "policy.s1": {"waits": 9}}).close()  # it broke off before any record
+    with RecordFile(tmp_path, identity) as file:
+        sweep(engine, rows(1), countdown.reward, options("elastic", think=(3,), samples=1), file)
+    RecordFile(tmp_path, {"model": "a", "policy.s1": {"waits": 2}}).close()  # s1 has no record
+    RecordFile(tmp_path, {"model": "a", "policy.truncate": {}}).close()
+    kept = json.loads((tmp_path / "sweep.json").read_text())
+    assert kept == {"model": "a", "policy.s1": {"waits": 2}, "policy.elastic": {}, "policy.truncate": {}}
     with pytest.raises(ConfigError, match="model: 'a' there, 'b' now"):
         RecordFile(tmp_path, {"model": "b"})
-    with pytest.raises(ConfigError, match=r"policy\.s1"):
-        RecordFile(tmp_path, {"model": "a", "policy.s1": {"waits": 2}})
+    with pytest.raises(ConfigError, match=r"policy\.elastic"):
+        RecordFile(tmp_path, {"model": "a", "policy.elastic": {"x": 2}})
+    (tmp_path / "sweep.json").unlink()
+    with pytest.raises(ConfigError, match=r"no sweep\.json"):
+        RecordFile(tmp_path, {"model": "a"})
     (tmp_path / RECORDS).write_text('{"policy": "elastic"}\n')
     with pytest.raises(ConfigError, match=r"records\.jsonl:1 is no record"):
         RecordFile(tmp_path, {"model": "a"})
