@@ -182,6 +182,8 @@ def _identity(arguments: argparse.Namespace, wanted: SweepOptions, rows: Sequenc
     return {
         "model": str(arguments.model),
         "dtype": arguments.dtype,
+        "kv_dtype": arguments.kv_dtype,
+        "max_model_len": arguments.max_model_len,  # where a budget is unlimited
         "task": arguments.task,
         "problems": f"{len(rows)}-{digest:08x}",
         "solve": wanted.solve,

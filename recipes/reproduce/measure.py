@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,18 @@ def cells(protocol: Mapping[str, Any], policies: Sequence[str]) -> list[Cell]:
     """Every policy at every budget; without budgets there is but one policy."""
     thinks = protocol["evaluate"]["think"]
     return [(policy, t) for policy in policies for t in thinks if t is not None or policy == "elastic"]
+
+
+def policies_of(protocol: Mapping[str, Any], arm: str) -> list[str]:
+    """All for the base and the main arm; an L1 model also with nothing but its wish."""
+    if arm in ("base", next(iter(protocol["arms"]))):
+        return list(protocol["evaluate"]["policies"])
+    return ["elastic", "wish"] if "wish" in protocol["arms"][arm] else ["elastic"]
+
+
+def finished(protocol: Mapping[str, Any], arm: str, records: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether these are all the cells of a run of `arm`."""
+    return set(cells(protocol, policies_of(protocol, arm))) <= {(r["policy"], r["think"]) for r in records}
 
 
 def policy_of(name: str, think: int | None, protocol: Mapping[str, Any]) -> budgets.Policy:

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from measure import read
+from measure import finished, read
 
 Record = dict[str, Any]
 # Student's t, two-sided 95 %, by degrees of freedom.
@@ -55,7 +55,7 @@ def seeds_of(protocol: Mapping[str, Any], arm: str) -> list[int]:
 
 
 class Measured:
-    """All cells of all arms: per problem accuracy and tokens."""
+    """All cells of the runs that are finished: per problem accuracy and tokens."""
 
     def __init__(self, protocol: Mapping[str, Any], out: Path) -> None:
         self.found: dict[str, dict[int | None, dict[tuple[str, int | None], Record]]] = {}
@@ -63,7 +63,7 @@ class Measured:
         for arm, seed in [("base", None), *trained]:
             folder = out / "arms" / ("base" if seed is None else f"{arm}-{seed}")
             cells = {(r["policy"], r["think"]): r for r in read(folder / "cells.jsonl")}
-            if cells:
+            if finished(protocol, arm, cells.values()):
                 self.found.setdefault(arm, {})[seed] = cells
 
     def has(self, arm: str, policy: str, think: int | None) -> bool:

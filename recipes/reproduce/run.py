@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import report
-from measure import PROTOCOL, cells, load_protocol, prompt_of, read
+from measure import PROTOCOL, finished, load_protocol, policies_of, prompt_of, read
 from rich.console import Console
 
 from elastic_decode.rl.checkpoint import latest
@@ -137,18 +137,6 @@ def measure_command(protocol: Mapping[str, Any], job: Job, path: Path) -> list[s
     ]
 
 
-def policies_of(protocol: Mapping[str, Any], arm: str) -> list[str]:
-    """All for the base and the main arm; an L1 model also with nothing but its wish."""
-    if arm in ("base", next(iter(protocol["arms"]))):
-        return list(protocol["evaluate"]["policies"])
-    return ["elastic", "wish"] if "wish" in protocol["arms"][arm] else ["elastic"]
-
-
-def finished(protocol: Mapping[str, Any], job: Job) -> bool:
-    wanted = set(cells(protocol, policies_of(protocol, job.arm)))
-    return wanted <= {(record["policy"], record["think"]) for record in read(job.folder / "cells.jsonl")}
-
-
 def call(command: Sequence[str], log: Path) -> None:
     """A process of one thread, its output in a file. Raises RuntimeError with the file's end."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -162,7 +150,7 @@ def call(command: Sequence[str], log: Path) -> None:
 def do(protocol: Mapping[str, Any], job: Job, out: Path, path: Path) -> str:
     """Trains and measures; what to say of it."""
     started = time.perf_counter()
-    if finished(protocol, job):
+    if finished(protocol, job.arm, read(job.folder / "cells.jsonl")):
         return "was there"
     job.folder.mkdir(parents=True, exist_ok=True)
     log = job.folder / "log.txt"

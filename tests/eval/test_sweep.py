@@ -75,9 +75,8 @@ def test_six_budgets_cost_little_more_than_one_thought(engine, tmp_path):
         )
         found = run(engine, tmp_path / str(share), wanted, count=12)
         steps[share] = engine.stats()["decode_steps"] - before["decode_steps"]
-        print(steps, engine.stats()["sampled_tokens"] - before["sampled_tokens"])
         assert len(found) == 6 * 12 * 4
-    assert steps[True] <= 0.45 * steps[False]
+    assert steps[True] <= 0.4 * steps[False]
 
 
 def test_records_are_graded_and_counted(engine, tmp_path):

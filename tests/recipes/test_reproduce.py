@@ -94,6 +94,20 @@ def test_claims_and_tables_of_made_up_results(tmp_path):
         assert (tmp_path / f"{name}.svg").read_text().startswith("<?xml")
 
 
+def test_a_run_that_was_cut_is_in_no_figure(tmp_path):
+    right = {"base": [2, 3, 1, 2], "elastic_15-11": [4, 4, 3, 4], "elastic_15-12": [0, 0, 0, 0]}
+    _write(tmp_path, right, {name: [40, 80, 40, 60] for name in right})
+    cut = tmp_path / "arms" / "elastic_15-12" / "cells.jsonl"
+    cut.write_text("".join(cut.read_text().splitlines(keepends=True)[:5]))
+    report.write(PROTOCOL, tmp_path)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["claims"][0]["by_seed"] == [pytest.approx(7 / 16)]
+    assert {row["seeds"] for row in found["cells"]} == {1}
+    (tmp_path / "arms" / "base" / "cells.jsonl").unlink()
+    report.write(PROTOCOL, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["claims"] == []
+
+
 def test_a_cell_counts_what_the_grader_counts(monkeypatch):
     problems = countdown.problems("test")[:12]
     monkeypatch.setattr(countdown, "problems", lambda split: problems)
