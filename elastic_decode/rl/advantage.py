@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from elastic_decode.errors import ConfigError
 
@@ -48,7 +48,7 @@ class Advantages:
 
     groups, samples: how many were given. unscorable: samples without a reward. too_few: groups with fewer
     than two scorable samples. flat: other groups whose rewards are all equal. dropped: those of `flat` that
-    were dropped (0 unless drop_flat). warning: said where nearly no group has a spread, else None.
+    were dropped (0 unless drop_flat).
     """
 
     values: tuple[tuple[float | None, ...], ...]
@@ -58,7 +58,6 @@ class Advantages:
     too_few: int
     flat: int
     dropped: int
-    warning: str | None
 
     @property
     def spread(self) -> int:
@@ -79,15 +78,13 @@ def advantages(
     *,
     eps: float = 1e-6,
     drop_flat: bool = False,
-    warn_below: float = 0.05,
 ) -> Advantages:
     """Advantages of every group by the estimator `kind` of ESTIMATORS.
 
     A group without a spread gets 0 (it still feels KL and entropy, and counts in the denominators), or with
     `drop_flat`, the filter of DAPO's dynamic sampling (arXiv 2503.14476, section 3.2), is not trained on; to
-    sample others in its place is the caller's. `warn_below`: a warning where the share of groups with a
-    spread is lower: such steps are noise, and budgets too tight to ever be met wreck the model. ConfigError
-    for an unknown kind, ValueError for a reward that is not finite.
+    sample others in its place is the caller's. ConfigError for an unknown kind, ValueError for a reward that
+    is not finite.
     """
     estimate = estimator(kind)
     values: list[tuple[float | None, ...]] = []
@@ -114,7 +111,7 @@ def advantages(
             own = estimate(scored, eps)
         rest = iter(own)
         values.append(tuple(None if reward is None else next(rest) for reward in rewards))
-    result = Advantages(
+    return Advantages(
         values=tuple(values),
         groups=len(groups),
         samples=sum(len(rewards) for rewards in groups),
@@ -122,17 +119,4 @@ def advantages(
         too_few=too_few,
         flat=flat,
         dropped=flat if drop_flat else 0,
-        warning=None,
     )
-    return _warned(result, warn_below)
-
-
-def _warned(found: Advantages, warn_below: float) -> Advantages:
-    if not found.groups or found.spread >= warn_below * found.groups:
-        return found
-    warning = (
-        f"only {found.spread} of {found.groups} groups have a spread of rewards ({found.flat} all equal, "
-        f"{found.too_few} with fewer than two scorable samples): this step teaches next to nothing. Raise "
-        "the budgets or the group size, or use prompts that are sometimes solved and sometimes not"
-    )
-    return replace(found, warning=warning)

@@ -97,3 +97,8 @@ class Group:
     def rewards(self) -> tuple[float | None, ...]:
         """Of every sample, in order; None where unscorable."""
         return tuple(sample.reward for sample in self.samples)
+
+    @property
+    def has_spread(self) -> bool:
+        """Whether its samples were worth different rewards: all that an advantage is made of."""
+        return len({reward for reward in self.rewards if reward is not None}) > 1

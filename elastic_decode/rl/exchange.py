@@ -35,6 +35,6 @@ def exchange(world: World, own: Sequence[Group], rows: Sequence[Row], stats: Rol
     if refusals and not groups:
         raise refusals[0]
     if groups and world.main:
-        spread = sum(len({r for r in group.rewards if r is not None}) > 1 for group in groups)
+        spread = sum(group.has_spread for group in groups)
         warn_of_spread(groups[0].step, len(groups), spread, stats)
     return groups

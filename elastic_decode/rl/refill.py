@@ -84,10 +84,10 @@ class DynamicSampling:
             fresh = [row for row in rows if row.index not in seen]
             seen.update(row.index for row in rows)
             groups += self._rolled(roll, fresh, first=used == 1) if fresh else []
-            found = sum(has_spread(group) for group in groups)
+            found = sum(group.has_spread for group in groups)
         kept, left = [], wanted
         for group in groups:
-            kept.append(left > 0 and has_spread(group))
+            kept.append(left > 0 and group.has_spread)
             left -= kept[-1]
         if left and self._warns and not self._warned:
             self._warned = True
@@ -122,8 +122,3 @@ class DynamicSampling:
             if self._warns:
                 _log.warning("dynamic sampling: none of %d further prompts fits: %s", len(rows), error)
             return []
-
-
-def has_spread(group: Group) -> bool:
-    """Whether its samples were worth different rewards: all that an advantage is made of."""
-    return len({reward for reward in group.rewards if reward is not None}) > 1

@@ -264,10 +264,9 @@ def _groups(
             began = time.perf_counter()
             group = Group(index=row.index, step=step, samples=pending.result(), columns=row.columns)
             stats.reward_seconds += time.perf_counter() - began
-            different = len({reward for reward in group.rewards if reward is not None}) > 1
-            counted, spread = counted + 1, spread + different
+            counted, spread = counted + 1, spread + group.has_spread
             stats.groups += 1
-            stats.groups_with_spread += different
+            stats.groups_with_spread += group.has_spread
             stats.samples += group_size
             stats.unscorable_samples += sum(reward is None for reward in group.rewards)
             yield group

@@ -65,17 +65,6 @@ def test_groups_without_a_spread_get_exactly_zero_or_are_dropped_and_counted():
     assert (dropped.flat, dropped.dropped, dropped.spread) == (2, 2, 1)
 
 
-def test_a_warning_where_nearly_no_group_has_a_spread():
-    flat, spread = [1.0, 1.0], [1.0, 0.0]
-    warning = advantages([flat] * 39 + [spread]).warning
-    assert warning is not None
-    assert "only 1 of 40 groups" in warning
-    assert advantages([flat] * 19 + [spread]).warning is None  # 5 %
-    assert advantages([flat] * 19 + [spread], warn_below=0.06).warning is not None
-    assert advantages([flat], drop_flat=True).warning is not None
-    assert advantages([]).warning is None
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_reward_that_is_not_finite_raises(bad: float):
     with pytest.raises(ValueError, match="group 1 has rewards"):

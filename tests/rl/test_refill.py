@@ -10,7 +10,7 @@ from elastic_decode.errors import CapacityError, ConfigError
 from elastic_decode.rl.assemble import assemble
 from elastic_decode.rl.batch import Group, Row, Sample
 from elastic_decode.rl.config import load_config
-from elastic_decode.rl.refill import DynamicSampling, has_spread, one_batch
+from elastic_decode.rl.refill import DynamicSampling, one_batch
 
 TOY = Path(__file__).parents[2] / "recipes" / "toy.yaml"
 
@@ -56,9 +56,9 @@ def kept(gathered):
 
 
 def test_a_spread():
-    assert has_spread(group(0, 0.0, None, 1.0))
+    assert group(0, 0.0, None, 1.0).has_spread
     for rewards in ((1.0, 1.0), (1.0, None), (None, None)):
-        assert not has_spread(group(0, *rewards))
+        assert not group(0, *rewards).has_spread
 
 
 def test_the_first_groups_with_a_spread_are_kept_and_all_rows_are_passed():
