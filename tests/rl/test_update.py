@@ -206,14 +206,20 @@ def test_bfloat16_gradients_are_added_up_in_float32():
 
 
 def test_many_small_bfloat16_micro_batches_make_the_gradient_of_one():
-    """Each has bfloat16's rounding; their sum does not drift with their number."""
-    norms = []
+    """Each has bfloat16's rounding, and their sum no more: added up in bfloat16 they would be 1.4 % apart."""
+    gradients = []
     for max_tokens in (15, 1000):
         model = made(torch.bfloat16)
         optimizer = MasterAdamW(model.parameters(), lr=1.0)
+        seen = []
+        optimizer.step = lambda lr, optimizer=optimizer, seen=seen: seen.append(  # type: ignore[method-assign]
+            torch.cat([master.grad.flatten() for master in optimizer._masters])
+        )
         chosen = UpdateOptions(objective=objective("dapo"), max_tokens=max_tokens, grad_clip=None)
-        norms.append(update(model, optimizer, rows(64), chosen, lr=1e-3)["grad_norm"])
-    assert norms[0] == pytest.approx(norms[1], rel=0.005)
+        update(model, optimizer, rows(256), chosen, lr=1e-3)
+        gradients += seen
+    many, one = gradients
+    assert (many - one).norm() < 0.005 * one.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
